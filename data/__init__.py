@@ -1,0 +1,155 @@
+"""Datasets of the collection: one module each, and what all of them need to read and split a source.
+
+Every module turns its source into the same plain row, which is all that training and evaluation read:
+
+    {"id": str, "data_source": str,
+     "prompt": [{"role": "system", "content": str}, {"role": "user", "content": str}],
+     "ground_truth": str,      # what the reward compares with
+     "target": str,            # a gold completion for SFT, "" where there is none
+     "extra": {"question": str, ...}}
+"""
+import hashlib
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str, "extra": dict}
+
+
+class InputError(Exception):
+    """Bad input from the user: the message is one line that says what is wrong, where, and what to do."""
+
+
+@contextmanager
+def one_line_errors():
+    """Around a script's main: an InputError is printed as one line and ends the process with exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def read_records(path):
+    """Reads a JSON list, a JSON object or a file of JSON lines.
+
+    Returns [(where, record)]: `where` names the record in error messages ("f.json, row 3", counted from 0; "f.json,
+    key 123"; "f.jsonl, line 4", counted from 1, as editors do). Raises InputError for a file that is missing,
+    unreadable, empty or no JSON, and for a record that is no object.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, a .json or .jsonl file is needed") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict) and isinstance(next(iter(content.values()), None), dict):
+            records = [(f"{path}, key {key}", value) for key, value in content.items()]
+        elif isinstance(content, dict):  # a JSON-lines file of one line
+            records = [(f"{path}, line 1", content)] if content else []
+        elif isinstance(content, list):
+            records = [(f"{path}, row {index}", value) for index, value in enumerate(content)]
+        else:
+            raise InputError(f"{path} holds a single {type(content).__name__}, a list of rows is needed")
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or text.lstrip()[0] == "[":
+            raise InputError(f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno})") from None
+        records = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    records.append((f"{path}, line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise InputError(f"{path}: JSON nested too deeply to be a data file") from None
+    if not records:
+        raise InputError(f"{path} holds no rows")
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: a {type(record).__name__} where an object with named fields is needed")
+    return records
+
+
+def read_hub(name, config, split="train"):
+    """Rows of a Hugging Face dataset, [(where, record)]; raises InputError when it cannot be had."""
+    from datasets import load_dataset  # seconds to import, and only needed here
+
+    where = f"{name}, config {config}" if config else name
+    try:
+        dataset = load_dataset(name, config, split=split)
+    except Exception as error:  # datasets raises a dozen types for what is one thing to the user: no data
+        raise InputError(hub_message(f"dataset {where}", error, "--data builtin, or --data PATH to a local file")) from error
+    return [(f"{where}, row {index}", record) for index, record in enumerate(dataset)]
+
+
+def hub_message(what, error, instead):
+    """One line for a failed download: gated, unknown or unreachable, and what to do. `instead`: what works offline."""
+    chain, cause = [], error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names, text = {type(cause).__name__ for cause in chain}, " ".join(str(cause) for cause in chain)
+    if "GatedRepoError" in names or "gated repo" in text:
+        return f"{what} is gated: accept its licence on its page at huggingface.co, run `hf auth login`, and try again"
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and "offline" not in text.lower():
+        return f"{what} is not on the hub, or is private: check the spelling, or run `hf auth login`"
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return (f"{what} could not be loaded ({type(error).__name__}: {reason}); if the hub is out of reach and nothing is "
+            f"cached, run without it: {instead}")
+
+
+def text_field(record, field, where, empty_ok=False):
+    """record[field] as stripped text; raises InputError when it is missing, no text, or empty."""
+    if field not in record:
+        raise InputError(f"{where}: field `{field}` is missing (the row has {', '.join(map(repr, record)) or 'no fields'})")
+    if not isinstance(record[field], str):
+        raise InputError(f"{where}, field `{field}`: {type(record[field]).__name__} where text is needed")
+    if not record[field].strip() and not empty_ok:
+        raise InputError(f"{where}, field `{field}` is empty")
+    return record[field].strip()
+
+
+def check_row(row, where):
+    """Raises InputError unless `row` is a prepared row (see the head of this file)."""
+    for field, kind in ROW_FIELDS.items():
+        if not isinstance(row.get(field), kind):
+            raise InputError(f"{where}, field `{field}`: {kind.__name__} needed in a prepared row; remake it with python -m data.prepare")
+    for message in row["prompt"]:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            raise InputError(f"{where}, field `prompt`: every message needs a text `role` and `content`")
+    if not row["prompt"]:
+        raise InputError(f"{where}, field `prompt` is empty")
+    text_field(row["extra"], "question", f"{where}, field `extra`")
+
+
+def normalized(question):
+    """Question text for comparison: lower case, single spaces, no closing punctuation."""
+    return " ".join(question.casefold().split()).rstrip("?.!: ")
+
+
+def question_hash(question, seed):
+    """Uniform number in [0, 1) that depends on the normalised question and the dataset's split seed alone."""
+    digest = hashlib.sha256(f"{seed}:{normalized(question)}".encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_by_question(rows, seed, heldout_fraction=0.5):
+    """(train, heldout): the side hangs on the question's hash, so a question has one side in every file of a dataset.
+
+    Training rows keep their order; held-out rows stand in hash order, so that the first n are a random sample.
+    """
+    share = {row["id"]: question_hash(row["extra"]["question"], seed) for row in rows}
+    train = [row for row in rows if share[row["id"]] >= heldout_fraction]
+    heldout = sorted((row for row in rows if share[row["id"]] < heldout_fraction), key=lambda row: share[row["id"]])
+    return train, heldout

@@ -1,0 +1,69 @@
+"""Downloads or converts a dataset into data/processed/ and says what is in it:
+
+    python -m data.prepare pubmedqa                       the hub's labelled set
+    python -m data.prepare pubmedqa my_rows.json          your own file
+    python -m data.prepare pubmedqa builtin --out DIR     the built-in questions
+
+writes DIR/train.jsonl and DIR/heldout.jsonl (a row a line, see data/__init__.py), which every --data flag accepts as DIR.
+"""
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import tyro
+from transformers import AutoTokenizer
+from tyro.conf import Positional
+
+from data import InputError, hub_message, one_line_errors, pubmedqa
+
+TASKS = {"pubmedqa": pubmedqa}
+
+
+@dataclass
+class Config:
+    """Downloads or converts a dataset into rows of the collection."""
+
+    task: Positional[Literal["pubmedqa"]]  # which dataset
+    data: Positional[str] = "hub"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file
+    out: str = ""  # folder to write (default: data/processed/TASK)
+    maybe: bool = False  # PubMedQA: keep the third class
+    question_field: str = ""  # field of your own file that holds the question
+    context_field: str = ""  # ... the context
+    answer_field: str = ""  # ... the answer
+    limit: int = 0  # read only so many rows (0 = all)
+    tokenizer: str = "tiny"  # whose tokens to count: tiny, a model folder, or a hub id
+
+
+def main(config):
+    train, heldout, dropped = TASKS[config.task].load_rows(
+        config.data, config.maybe, config.question_field, config.context_field, config.answer_field, limit=config.limit)
+    name = Path(__file__).parent / "tiny" if config.tokenizer == "tiny" else config.tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # many types, one thing to the user: no tokenizer
+        raise InputError(hub_message(f"tokenizer {name}", error, "--tokenizer tiny")) from error
+    folder = Path(config.out or f"data/processed/{config.task}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for side, rows in (("train", train), ("heldout", heldout)):
+            (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    for side, rows in (("train", train), ("heldout", heldout)):
+        classes = Counter(row["ground_truth"] for row in rows)
+        balance = ", ".join(f"{label} {count} ({count / len(rows):.1%})" for label, count in classes.most_common())
+        lengths = sorted(len(tokenizer("\n".join(m["content"] for m in row["prompt"])).input_ids) for row in rows) or [0]
+        print(f"{folder}/{side}.jsonl: {len(rows)} rows; {balance}; prompts of {lengths[0]} to {lengths[-1]} tokens "
+              f"({config.tokenizer}), median {lengths[len(lengths) // 2]}")
+    for reason, count in dropped.items():
+        print(f"dropped {count}: {reason}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(tyro.cli(Config, use_underscores=True, description=__doc__))

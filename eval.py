@@ -1,0 +1,597 @@
+"""What training and evaluation both need: models, sampling, evaluation, the run folder. Also a command:
+
+    python eval.py --task pubmedqa --model runs/my-run/model --data hub --out runs/eval-mine
+
+scores a model on the held-out questions of a dataset: greedy accuracy with its 95% interval, the majority baseline, macro-F1,
+format rate, and pass@1 over --samples sampled answers. It writes eval.jsonl (a line an example) and summary.json.
+"""
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jinja2
+import numpy
+import torch
+import transformers
+import tyro
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import rewards
+from data import InputError, hub_message, one_line_errors, pubmedqa
+
+TASKS = {"pubmedqa": pubmedqa}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# === models ===========================================================================================================
+
+# For models whose tokenizer has no chat template: plain text, the answer ended by the tokenizer's EOS.
+PLAIN_TEMPLATE = """{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}
+
+{% elif message['role'] == 'user' %}User: {{ message['content'] }}
+
+{% else %}Assistant: {{ message['content'] }}{{ eos_token }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"""
+
+
+def pick_dtype(dtype, device):
+    """torch dtype to compute in. "auto": fp32 on CPU, bf16 on cards that have it, fp16 on those that do not (T4, V100)."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="sdpa", load_in_4bit=False):
+    """Loads a model and its tokenizer, in eval mode (dropout off), and prints what was chosen.
+
+    name: "tiny" (data/tiny), a folder, a folder with a peft adapter (its base is loaded too), or a hub id.
+    dtype: auto, bf16, fp16 or fp32, what to compute in (see pick_dtype). fp32_weights: keep the weights themselves in fp32
+    (master weights; run the model under torch.autocast then). load_in_4bit: through bitsandbytes.
+    Returns (model, tokenizer, compute dtype). Only safetensors are read and no code from the model's folder is run.
+    Raises InputError for whatever cannot be loaded.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = pick_dtype(dtype, device)
+    folder = Path(__file__).parent / "data" / "tiny" if name == "tiny" else Path(name).expanduser()
+    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~" or folder.exists()):
+        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like ORG/NAME is needed)")
+    source, adapter = str(folder) if folder.is_dir() else name, None
+    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        adapter, source = source, json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        if not source:
+            raise InputError(f"{name}/adapter_config.json names no base model (base_model_name_or_path)")
+    options = {"dtype": torch.float32 if fp32_weights else compute, "attn_implementation": attn_implementation, "use_safetensors": True}
+    if load_in_4bit:
+        try:
+            import bitsandbytes  # noqa: F401  (optional; transformers uses it)
+        except ImportError:
+            raise InputError("4-bit loading needs bitsandbytes: pip install bitsandbytes, or leave --load_in_4bit out") from None
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True)
+        options["device_map"] = {"": device}
+    try:
+        has_tokenizer = adapter and (folder / "tokenizer_config.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else source)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        if adapter:
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, adapter)
+    except Exception as error:  # a dozen types of transformers, hub, safetensors and json, one thing to the user: no model
+        raise InputError(hub_message(f"model {name}", error, "--model tiny, or --model PATH to a local folder")) from error
+    if not load_in_4bit:
+        model.to(device)
+    model.eval()
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        print(f"model: {name} has no chat template: prompts are plain text ('User: ...', 'Assistant: ')")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from positions, never from token values
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = "4-bit" if load_in_4bit else str(options["dtype"]).removeprefix("torch.")
+    print(f"model: {name}, {parameters / 1e6:,.1f}M parameters, {weights} weights, computing in {str(compute).removeprefix('torch.')} on "
+          + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"))
+    return model, tokenizer, compute
+
+
+def autocast(compute):
+    """The context to run a model in whose weights are wider than `compute`; does nothing for fp32."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=compute, enabled=compute != torch.float32)
+
+
+def encode_prompt(tokenizer, messages):
+    """Token ids of a prompt in the model's own chat template, ready to be answered.
+
+    Templates that refuse a system role get it in front of the user's words. Two known variables are fixed: no thinking
+    block for Qwen3 (the task's tags carry the reasoning), and Llama 3's date, which would change the prompt every day.
+    """
+    options = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    try:
+        return list(tokenizer.apply_chat_template(messages, **options))
+    except jinja2.TemplateError:
+        if messages[0]["role"] != "system":
+            raise
+        user = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        return list(tokenizer.apply_chat_template([user, *messages[2:]], **options))
+
+
+def encode_rows(tokenizer, rows, max_prompt_length, what):
+    """[(row, prompt_ids)] of the rows whose prompt fits; prints how many do not. Raises InputError when none does."""
+    encoded = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]
+    fitting = [(row, ids) for row, ids in encoded if len(ids) <= max_prompt_length]
+    if len(fitting) < len(encoded):
+        longest = max(len(ids) for _, ids in encoded)
+        print(f"data: {len(encoded) - len(fitting)} of {len(encoded)} {what} rows left out: their prompt is longer than "
+              f"--max_prompt_length {max_prompt_length} (longest: {longest} tokens)")
+    if not fitting:
+        raise InputError(f"no {what} row has a prompt of at most --max_prompt_length {max_prompt_length} tokens")
+    return fitting
+
+
+def stop_ids(model, tokenizer):
+    """Ids that end a completion: EOS of the generation config, EOS of the tokenizer, and the template's end of turn.
+
+    All three are needed: Gemma 3 ends its turns on 106 (<end_of_turn>) while its tokenizer's EOS is 1.
+    """
+    eos = model.generation_config.eos_token_id
+    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
+    after = tokenizer(turn.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids[:1]
+    return sorted((ids | {i for i in after if i in tokenizer.added_tokens_decoder}) - {None})
+
+
+# === sampling =========================================================================================================
+
+
+@torch.no_grad()
+def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None):
+    """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own distribution.
+
+    prompt_ids: P lists of token ids, of any lengths. Nothing of the model's generation_config plays in: no top-k, top-p
+    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token.
+    Returns completion_ids, completion_mask (bool) and logps (fp32, nats, at `temperature`; 0 in padding), each
+    [P * n, T], the n completions of a prompt in consecutive rows.
+    """
+    device, width = model.device, max(len(ids) for ids in prompt_ids)
+    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    stops = torch.tensor(stop_ids, device=device)
+    rows = len(prompt_ids) * n
+    completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+    completion_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    logps = torch.zeros(rows, max_new_tokens, device=device)
+
+    cache = DynamicCache()
+    logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1).logits
+    cache.batch_repeat_interleave(n)
+    logits, mask, position_ids = (x.repeat_interleave(n, 0) for x in (logits, mask, position_ids[:, -1:]))
+    active = torch.arange(rows, device=device)  # rows of the result that are still being written
+    for t in range(max_new_tokens):
+        logits = logits[:, -1].float()
+        distribution = torch.log_softmax(logits / temperature if temperature else logits, dim=-1)
+        if temperature:  # one uniform number a row on the cumulative distribution
+            cumulative = distribution.exp().cumsum(-1)
+            uniform = torch.rand(len(active), 1, generator=generator, device=device) * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=cumulative.shape[1] - 1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        completion_ids[active, t] = token[:, 0]
+        completion_mask[active, t] = True
+        logps[active, t] = distribution.gather(1, token)[:, 0]
+        going = ~torch.isin(token[:, 0], stops)
+        if not going.any() or t == max_new_tokens - 1:
+            break
+        if not going.all():  # finished rows leave the batch
+            keep = going.nonzero()[:, 0]
+            active, token, mask, position_ids = active[keep], token[keep], mask[keep], position_ids[keep]
+            cache.batch_select_indices(keep)
+        position_ids = position_ids + 1
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        logits = model(token, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+    return completion_ids[:, :t + 1], completion_mask[:, :t + 1], logps[:, :t + 1]
+
+
+def decode(tokenizer, completion_ids, completion_mask):
+    """Text of each completion: generated tokens only, special tokens left out."""
+    return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu())]
+
+
+# === evaluation =======================================================================================================
+
+
+def wilson_interval(successes, n, z=1.959964):
+    """95% interval of a proportion, [low, high] (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    p, square = successes / n, z * z / n
+    centre, half = p + square / 2, z * math.sqrt(p * (1 - p) / n + square / (4 * n))
+    return [max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))]
+
+
+def mcnemar(before, after):
+    """Exact paired test of two lists of 0/1 on the same examples (McNemar 1947; two-sided binomial on the discordant pairs).
+
+    Returns {"only_before", "only_after", "p_value"}.
+    """
+    only_before = sum(b > a for b, a in zip(before, after, strict=True))
+    only_after = sum(a > b for b, a in zip(before, after, strict=True))
+    n, k = only_before + only_after, min(only_before, only_after)
+    p_value = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    return {"only_before": only_before, "only_after": only_after, "p_value": p_value}
+
+
+def macro_f1(truths, answers):
+    """Mean F1 over the classes of `truths`; an unparsed answer ("") is a miss of its class."""
+    scores = []
+    for label in sorted(set(truths)):
+        hits = sum(t == a == label for t, a in zip(truths, answers))
+        scores.append(2 * hits / (truths.count(label) + answers.count(label)))
+    return sum(scores) / len(scores)
+
+
+def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0, title="eval"):
+    """Answers every row greedily, and `samples` times at `temperature` for pass@1, and scores the answers strictly.
+
+    rows: [(row, prompt_ids)] as encode_rows gives them. Returns a record an example, in the order of `rows`: id,
+    ground_truth, the keys of rewards.compute_score, length (tokens), truncated, completion, and with samples
+    sampled_accuracy (a list).
+    """
+    stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # alike lengths together: less padding
+    records = [None] * len(rows)
+    for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", leave=False, disable=None):
+        batch = order[start:start + batch_size]
+        prompts = [rows[i][1] for i in batch]
+        with autocast(compute):
+            ids, mask, _ = generate(model, prompts, max_new_tokens=max_completion_length, stop_ids=stops, temperature=0.0)
+            sampled = generate(model, prompts, samples, max_new_tokens=max_completion_length, stop_ids=stops,
+                               temperature=temperature, generator=generator)[:2] if samples else None
+        for j, (i, text) in enumerate(zip(batch, decode(tokenizer, ids, mask))):
+            row, length = rows[i][0], int(mask[j].sum())
+            score = rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])
+            records[i] = {"id": row["id"], "ground_truth": row["ground_truth"], **score, "length": length,
+                          "truncated": int(ids[j, length - 1]) not in stops, "completion": text}
+        if samples:
+            for j, text in enumerate(decode(tokenizer, *sampled)):
+                row, record = rows[batch[j // samples]][0], records[batch[j // samples]]
+                record.setdefault("sampled_accuracy", []).append(
+                    rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])["accuracy"])
+    return records
+
+
+def summarize(records):
+    """The summary of evaluate's records: accuracy with accuracy_ci95 (Wilson), n, majority_accuracy (of always giving the
+    commonest class), macro_f1, format_rate, mean_length (tokens), truncated (share), answers (how often each was given),
+    and pass_at_1 (mean accuracy of the sampled answers) where there are samples.
+    """
+    truths, answers, n = [r["ground_truth"] for r in records], [r["answer"] for r in records], len(records)
+    correct = int(sum(r["accuracy"] for r in records))
+    summary = {
+        "accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n,
+        "majority_accuracy": max(Counter(truths).values()) / n, "macro_f1": macro_f1(truths, answers),
+        "format_rate": sum(r["format_ok"] for r in records) / n, "mean_length": sum(r["length"] for r in records) / n,
+        "truncated": sum(r["truncated"] for r in records) / n,
+        "answers": dict(Counter(a or "none" for a in answers).most_common())}
+    if "sampled_accuracy" in records[0]:
+        summary["samples"] = len(records[0]["sampled_accuracy"])
+        summary["pass_at_1"] = sum(sum(r["sampled_accuracy"]) for r in records) / (n * summary["samples"])
+    return summary
+
+
+def describe(summary):
+    """One line of an evaluation for the console."""
+    low, high = summary["accuracy_ci95"]
+    sampled = f", pass@1 {summary['pass_at_1']:.3f} over {summary['samples']}" if "samples" in summary else ""
+    return (f"accuracy {summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} (majority {summary['majority_accuracy']:.3f})"
+            f"{sampled}, macro-F1 {summary['macro_f1']:.3f}, format {summary['format_rate']:.3f}, "
+            f"{summary['mean_length']:.0f} tokens, answers {summary['answers']}")
+
+
+# === the run folder ===================================================================================================
+
+MAY_CHANGE = {"resume", "out", "steps", "save_every", "eval_every", "wandb", "wandb_project"}  # on --resume
+
+
+class Run:
+    """The folder of a run: config.json, metrics.jsonl, samples.jsonl, eval_*.jsonl, summary.json, curves.png, checkpoint/."""
+
+    def __init__(self, script, config):
+        """config: the script's dataclass. Raises InputError where the folder holds another run, or another configuration."""
+        if config.resume and not config.out:
+            raise InputError("--resume needs --out DIR: the folder of the run to continue")
+        self.folder = Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        self.signal, self.wandb, self.finished = None, None, False
+        known = self.folder / "config.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"--out {self.folder} is a file, a folder is needed")
+        if known.exists():
+            if not config.resume:
+                raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or choose another folder")
+            before = json.loads(known.read_text())
+            changed = [key for key, value in asdict(config).items() if key not in MAY_CHANGE and before.get(key, value) != value]
+            if changed:
+                raise InputError(f"--resume with another value of {', '.join(f'--{key} ({before[key]!r} at launch)' for key in changed)}: "
+                                 "that would be another run; give the values of the launch")
+            self.finished = (self.folder / "summary.json").exists()
+        self.config = asdict(config)
+
+    def open(self):
+        """Called once the input is known to be good: makes the folder, catches SIGINT and SIGTERM, starts wandb if asked."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGTERM, self._stop)
+        if self.config["wandb"] != "disabled":
+            import wandb  # seconds to import, and only when asked for
+            identity = self.folder / "wandb_id"
+            if not identity.exists():
+                identity.write_text(wandb.util.generate_id())
+            self.wandb = wandb.init(project=self.config["wandb_project"], mode=self.config["wandb"], dir=str(self.folder), config=self.config,
+                                    name=self.folder.name, id=identity.read_text(), resume="allow")
+
+    def _stop(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one quits at once
+        tqdm.write("stopping: this step is finished and saved first (again to quit at once)", file=sys.stderr)
+
+    def log(self, name, record):
+        """Appends a line to NAME.jsonl; metrics go to wandb too."""
+        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb and name == "metrics":
+            self.wandb.log(record, step=record["step"])
+
+    def report(self, bar, metrics, group):
+        """One step: metrics.jsonl and the bar always; now and then a line, samples.jsonl, and a completion to read."""
+        step, steps = metrics["step"], self.config["steps"]
+        self.log("metrics", metrics)
+        bar.set_postfix_str(f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.2f}, kl {metrics['kl']:.3f}, "
+                            f"{metrics['completion_length']:.0f} tokens")
+        if step == 1 or step % max(1, steps // 20) == 0:
+            heldout = f"  held-out {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
+            bar.write(f"step {step:4}  reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}{heldout}  kl "
+                      f"{metrics['kl']:.4f}  entropy {metrics['entropy']:.3f}  tokens {metrics['completion_length']:.0f}  "
+                      f"{metrics['generate_seconds'] + metrics['update_seconds']:.1f} s")
+            self.log("samples", {"step": step, "id": group["row"]["id"], "prompt": group["row"]["prompt"],
+                                 "ground_truth": group["row"]["ground_truth"], "completions": group["texts"],
+                                 "rewards": group["rewards"].tolist()})
+        if step == 1 or step % max(1, steps // 4) == 0:
+            text = f"{group['row']['extra']['question']} ({group['row']['ground_truth']})\n{group['texts'][0][:600]}"
+            bar.write(printable(text).replace("\n", "\n    | ") + f"\n    reward {group['rewards'][0]:.1f}")
+
+    def stop_if_asked(self, bar, step):
+        """Ends the process with 128 + signal after a SIGINT or SIGTERM; call it right after save_checkpoint."""
+        if self.signal:
+            bar.close()
+            print(f"stopped after step {step}; to go on, repeat the command with --out {self.folder} --resume")
+            sys.exit(128 + self.signal)
+
+    def write_records(self, name, records):
+        """NAME.jsonl at once, a line a record."""
+        (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+    def read_records(self, name):
+        """The records of NAME.jsonl."""
+        return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def save_checkpoint(self, state):
+        """Replaces checkpoint/ by `state` (a dict of tensors, numbers and such); the old one stays until the new one is whole."""
+        new, current, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        torch.save(state, new / "state.pt")
+        shutil.rmtree(old, ignore_errors=True)
+        if current.exists():
+            current.rename(old)
+        new.rename(current)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self):
+        """The last whole checkpoint, or None; lines of the logs that belong to later steps are cut off."""
+        files = [self.folder / name / "state.pt" for name in ("checkpoint", "checkpoint.old")]
+        files = [file for file in files if self.config["resume"] and file.exists()]
+        state = torch.load(files[0], map_location="cpu", weights_only=True) if files else None
+        for name in ("metrics", "samples"):
+            file = self.folder / f"{name}.jsonl"
+            if file.exists():
+                records = []
+                for line in file.read_text(encoding="utf-8").splitlines():
+                    try:
+                        records.append(json.loads(line))
+                    except json.JSONDecodeError:
+                        break  # half a last line, written when the run was killed
+                self.write_records(name, [record for record in records if state and record["step"] <= state["step"]])
+        return state
+
+    def curves(self):
+        """Draws curves.png from metrics.jsonl: what a person would look at first."""
+        file = self.folder / "metrics.jsonl"
+        if not file.exists() or not file.read_text():
+            return
+        from matplotlib.figure import Figure  # a second to import
+
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        steps = [record["step"] for record in records]
+        for record in records:
+            record["zero_std_share"] = record["zero_std_groups"] / self.config["prompts_per_step"]
+        figure = Figure(figsize=(12, 6.4), layout="constrained")
+        axes = figure.subplots(2, 3).flat
+
+        def panel(axis, title, unit, **series):
+            for name, key in series.items():
+                values = numpy.array([record[key] for record in records], dtype=float)
+                window = max(1, len(values) // 20)
+                smooth = [numpy.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
+                colour = axis.plot(steps, values, alpha=0.25, linewidth=1)[0].get_color()
+                axis.plot(steps, smooth, color=colour, linewidth=2, label=name.replace("_", " "))
+            axis.set_title(title, fontsize=13)
+            axis.set_xlabel("step")
+            axis.set_ylabel(unit)
+            axis.grid(alpha=0.3)
+
+        panel(axes[0], "Reward", "reward per completion", total="reward", **{key.removeprefix("reward_"): key for key in records[0]
+                                                                            if key.startswith("reward_") and key != "reward_std"})
+        panel(axes[1], "Accuracy", "share correct", sampled_completions="accuracy")
+        points = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
+        for name, step in (("eval_before", 0), ("eval_after", steps[-1])):
+            if (self.folder / f"{name}.jsonl").exists():
+                points.append((step, summarize(self.read_records(name))["accuracy"]))
+        if points:
+            axes[1].plot(*zip(*sorted(points)), "ko-", markersize=5, linewidth=1, label="held out, greedy")
+        axes[1].set_ylim(0, 1.02)
+        panel(axes[2], "KL to the reference", "nats per token", KL="kl")
+        panel(axes[3], "Entropy", "nats per token", policy="entropy")
+        panel(axes[4], "Completion length", "tokens", mean="completion_length")
+        panel(axes[5], "Shares", "share", clipped_tokens="clip_fraction", truncated="truncated", groups_without_variance="zero_std_share")
+        for axis in axes:
+            axis.legend(fontsize=9)
+        figure.savefig(self.folder / "curves.png", dpi=80)
+
+    def finish(self, summary):
+        """Draws the curves, writes summary.json, which marks the run as finished, and closes wandb."""
+        self.curves()
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("written: " + ", ".join(sorted(f"{self.folder}/{path.name}" for path in self.folder.iterdir())))
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+
+
+def compare(before_records, after_records):
+    """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for summary.json."""
+    before, after = summarize(before_records), summarize(after_records)
+    paired = mcnemar([r["accuracy"] for r in before_records], [r["accuracy"] for r in after_records])
+    better = "after" if after["accuracy"] > before["accuracy"] else "before"
+    paired["better"] = better if paired["p_value"] < 0.05 else "neither"
+    print(f"{'':20}{'before':>18}{'after':>18}")
+    for key in ("accuracy", "accuracy_ci95", "majority_accuracy", "macro_f1", "format_rate", "mean_length"):
+        cells = [f"[{v[0]:.3f}, {v[1]:.3f}]" if isinstance(v, list) else f"{v:.3f}" for v in (before[key], after[key])]
+        print(f"{key:20}{cells[0]:>18}{cells[1]:>18}")
+    verdict = {"after": "training helped", "before": "TRAINING DID HARM", "neither": "no difference shown"}[paired["better"]]
+    print(f"{verdict}: {paired['only_after']} of {after['n']} questions newly right, {paired['only_before']} newly wrong, "
+          f"McNemar p = {paired['p_value']:.2g}")
+    return {"before": before, "after": after, "paired": paired}
+
+
+def peak_memory_gb():
+    """Most memory held so far: by tensors on the GPU, by the process on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def printable(text):
+    """Model output for the terminal: control characters (escape codes) replaced."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def versions():
+    """Versions that a result hangs on, for summary.json."""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+# === command line =====================================================================================================
+
+
+@dataclass
+class Config:
+    """Scores a model on the held-out questions of a task."""
+
+    task: Literal["pubmedqa"] = "pubmedqa"  # which dataset module reads the data
+    model: str = "tiny"  # tiny, a model folder, an adapter folder, or a hub id
+    data: str = "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or folder
+    out: str = ""  # folder for eval.jsonl and summary.json (default: runs/eval-<time>)
+    split: Literal["heldout", "train", "all"] = "heldout"  # which side of the split to score
+    maybe: bool = False  # PubMedQA with its third class
+    question_field: str = ""  # field of your own file that holds the question
+    context_field: str = ""  # ... the context
+    answer_field: str = ""  # ... the answer
+    system_prompt: str = ""  # file with a system prompt instead of the task's
+    eval_size: int = 0  # score only so many rows (0 = all)
+    limit: int = 0  # read only so many rows (0 = all)
+    samples: int = 0  # also sample so many answers a question and report pass@1
+    temperature: float = 1.0  # of those samples
+    max_prompt_length: int = 2048  # rows with a longer prompt are left out, and counted
+    max_completion_length: int = 300  # tokens an answer may have
+    eval_batch_size: int = 32  # prompts answered at a time
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what to compute in
+    attn_implementation: str = "sdpa"  # attention kernel of transformers
+    load_in_4bit: bool = False  # quantise the model through bitsandbytes
+    seed: int = 0  # of the samples
+
+
+def read_system_prompt(path):
+    """Text of a --system_prompt file, "" for none; raises InputError when it cannot be read."""
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--system_prompt {path}: cannot be read ({error})") from None
+
+
+def check_at_least(least, config, *fields):
+    """Raises InputError unless these fields of a config are at least `least` (NaN is not)."""
+    for field in fields:
+        if not getattr(config, field) >= least:
+            raise InputError(f"--{field} {getattr(config, field)}: at least {least} is needed")
+
+
+def check_rows(config, train, heldout, dropped):
+    """Prints what was loaded; raises InputError when it is less than a step or the evaluation needs."""
+    if len(train) < config.prompts_per_step or len(heldout) < config.eval_size:
+        raise InputError(f"--data {config.data} gives {len(train)} training and {len(heldout)} held-out rows, fewer than "
+                         f"--prompts_per_step {config.prompts_per_step} or --eval_size {config.eval_size} asks for: lower "
+                         "these or bring more rows")
+    print(f"data: {config.data}, {len(train)} training and {len(heldout)} held-out rows"
+          + "".join(f"; dropped {count}: {reason}" for reason, count in dropped.items()))
+
+
+def main(config):
+    check_at_least(1, config, "max_prompt_length", "max_completion_length", "eval_batch_size")
+    check_at_least(0, config, "eval_size", "limit", "samples")
+    train, heldout, dropped = TASKS[config.task].load_rows(
+        config.data, config.maybe, config.question_field, config.context_field, config.answer_field,
+        read_system_prompt(config.system_prompt), config.limit)
+    rows = {"heldout": heldout, "train": train, "all": train + heldout}[config.split]
+    if len(rows) < max(1, config.eval_size):
+        raise InputError(f"--data {config.data} has {len(rows)} rows on the {config.split} side, {max(1, config.eval_size)} needed (--split all takes every row)")
+    print(f"data: {config.data}, {len(rows)} rows ({config.split})" + "".join(f"; dropped {count}: {reason}" for reason, count in dropped.items()))
+    model, tokenizer, compute = load_model(config.model, config.dtype, attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
+    rows = encode_rows(tokenizer, rows[:config.eval_size or None], config.max_prompt_length, config.split)
+    folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    records = evaluate(model, tokenizer, rows, compute, max_completion_length=config.max_completion_length,
+                       batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature, seed=config.seed)
+    summary = summarize(records)
+    (folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps({**summary, "config": asdict(config), "versions": versions()}, indent=1) + "\n")
+    print(describe(summary))
+    print(f"written: {folder}/summary.json, {folder}/eval.jsonl")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(tyro.cli(Config, use_underscores=True, description=__doc__))

@@ -1,0 +1,380 @@
+"""GRPO on PubMedQA in one file: a language model learns to answer yes/no from an abstract, by trial and reward.
+
+    python grpo_pubmedqa.py                        GPU: Qwen2.5-0.5B-Instruct on the hub's PubMedQA, all weights trained
+                                                   no GPU: the built-in 1.4M model on built-in questions, about 3 minutes
+    python grpo_pubmedqa.py --data PATH            your own file: a JSON list of {question, context, ground_truth}
+    python grpo_pubmedqa.py --completions_per_forward 4    less memory in the update, the same gradient
+    python grpo_pubmedqa.py --help                 every knob
+
+The method (Shao et al. 2024, arXiv:2402.03300): sample a group of completions of each prompt; an answer's advantage is its
+reward, normalised within its group; push up the log-probabilities of the better ones, clipped as in PPO, and stay
+close to a reference model, here a frozen copy of the policy that is renewed every `ref_every` steps.
+
+Look at the reward and the held-out accuracy, not at the loss: the advantages of a group sum to zero, so the loss of the first
+epoch stands near 0 however well training goes. What this file leaves out: several GPUs, an inference engine.
+"""
+import copy
+import random
+import time
+from dataclasses import dataclass, replace
+from statistics import fmean as mean
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import DynamicCache, get_linear_schedule_with_warmup
+
+import eval as evaluation
+import rewards
+from data import InputError, one_line_errors, pubmedqa
+
+GPU = torch.cuda.is_available()
+
+
+@dataclass
+class Config:
+    """GRPO on PubMedQA: all weights of a small language model trained on yes/no questions about abstracts."""
+
+    # --- model
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct" if GPU else "tiny"  # hub id, model folder, or tiny (the built-in model)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # to compute in; the weights are fp32. auto: bf16, or fp16
+    attn_implementation: str = "sdpa"  # attention kernel of transformers
+    # --- data
+    data: str = "hub" if GPU else "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or prepared folder
+    maybe: bool = False  # keep the third class, maybe
+    question_field: str = ""  # field of your own file that holds the question ("" = question)
+    context_field: str = ""  # ... the abstract ("" = context)
+    answer_field: str = ""  # ... the label ("" = ground_truth)
+    system_prompt: str = ""  # file with a system prompt instead of the built-in one
+    limit: int = 0  # read only so many rows (0 = all)
+    # --- rollout
+    steps: int = 300  # GRPO steps
+    prompts_per_step: int = 8  # prompts in a step (P)
+    group_size: int = 8  # completions per prompt (G)
+    max_prompt_length: int = 1024  # tokens; rows with a longer prompt are left out, and counted
+    max_completion_length: int = 300  # tokens; longer completions are cut and count as truncated
+    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
+    resample_zero_std: int = 0  # draw up to so many extra batches to replace groups whose rewards are all equal
+    # --- reward
+    correct_weight: float = 2.0  # for the right answer in its one block
+    tag_weight: float = 0.2  # for each of the four tags that stands once and in its place
+    # --- loss
+    mu: int = 1  # optimiser epochs over a rollout
+    beta: float = 0.04  # weight of the KL to the reference; 0: no reference is made
+    ref_every: int = 64  # steps after which the reference becomes a copy of the policy (0 = never)
+    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
+    epsilon_high: float = 0.2  # ... and above 1 + epsilon_high; larger than epsilon: clip-higher (DAPO)
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # mean of a sequence's tokens / of all tokens / of a constant
+    importance_level: Literal["token", "sequence"] = "token"  # a ratio a token, or one a sequence (GSPO)
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
+    mask_truncated: bool = False  # leave truncated completions out of the loss and of its denominators
+    importance_cap: float = 0.0  # > 0: weigh tokens by min(trainer / sampler probability, cap); for bf16 and fp16
+    # --- optimiser
+    learning_rate: float = 1e-6  # peak of AdamW's
+    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls to 0
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    completions_per_forward: int = 0  # completions of a group in a forward pass (0 = all); less memory, same gradient
+    # --- evaluation
+    eval_size: int = 200  # held-out questions scored before and after
+    eval_every: int = 50  # also score them every so many steps (0 = only before and after)
+    eval_batch_size: int = 64  # questions answered at a time
+    # --- run
+    out: str = ""  # folder of the run (default: runs/grpo_pubmedqa-<time>)
+    resume: bool = False  # continue the run in --out from its checkpoint
+    save_every: int = 50  # steps between checkpoints (0 = only when stopped)
+    seed: int = 0  # of sampling and of the order of the questions
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # also log to Weights & Biases
+    wandb_project: str = "grpo-medical"  # under this project
+
+
+# What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
+TINY = dict(steps=80, prompts_per_step=16, learning_rate=1e-4, beta=0.01, ref_every=25, max_completion_length=64,
+            max_prompt_length=2048, eval_size=300, eval_every=20)
+
+
+def score(text, row, config):
+    """What a completion earns: the parts and their sum, `score` (2.0 for the right answer and 0.2 a tag by default)."""
+    return rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"],
+                                 correct_weight=config.correct_weight, tag_weight=config.tag_weight)
+
+
+# === shared: algorithm ================================================================================================
+# Pure functions, the same to the letter in the three scripts. P prompts, G completions of each, T tokens at most.
+
+
+def group_advantages(rewards, scale_rewards):
+    """Advantages [P, G] of rewards [P, G]: how much better than its group each completion did.
+
+    Divided by the standard deviation (n - 1) of the group, of the whole batch, or by nothing (Dr. GRPO, arXiv:2503.20783).
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_rewards == "none":
+        return centred
+    std = rewards.std(dim=1, keepdim=True) if scale_rewards == "group" else rewards.std()
+    return centred / (std + 1e-4)
+
+
+def token_logps(model, prompt_ids, completion_ids, temperature):
+    """Log-probabilities of the completions of one prompt, token by token, and the entropy of each choice; differentiable.
+
+    prompt_ids [S], completion_ids [G, T], padded on the right. Returns logps and entropy, both [G, T], fp32, in nats. No mask
+    is needed: under causal attention padding comes after everything that counts, and its own values are masked later.
+    """
+    cache = DynamicCache()  # keys and values of the prompt, computed once and kept in the autograd graph
+    model(prompt_ids[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_repeat_interleave(len(completion_ids))
+    inputs = torch.cat([prompt_ids[-1:].expand(len(completion_ids), 1), completion_ids[:, :-1]], dim=1)
+    logits = model(inputs, past_key_values=cache, use_cache=True).logits.float() / temperature  # [G, T, vocabulary]
+    distribution = logits.log_softmax(dim=-1)
+    logps = distribution.gather(2, completion_ids[:, :, None])[:, :, 0]
+    with torch.no_grad():
+        entropy = -(distribution.exp() * distribution).sum(dim=-1)
+    return logps, entropy
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens, max_completion_length,
+              epsilon, epsilon_high, beta, loss_type, importance_level, weights=None):
+    """GRPO loss of some completions of a rollout, and sums over their tokens of what one wants to watch.
+
+    logps, old_logps, ref_logps (None where beta = 0), completion_mask, weights (importance weights, or None): [G, T];
+    advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of the whole rollout, so the
+    losses of its parts add up to its loss, however it is cut. Returns (loss, {"kl": ..., "clip_fraction": ...}).
+    """
+    mask, advantages = completion_mask.float(), advantages[:, None]
+    log_ratio = logps - old_logps
+    if importance_level == "sequence":  # GSPO, arXiv:2507.18071: the geometric mean of the token ratios
+        log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    token_loss = -torch.min(ratio * advantages, clipped * advantages)  # PPO, arXiv:1707.06347, eq. 7
+    if weights is not None:
+        token_loss = token_loss * weights
+    kl = torch.zeros_like(logps)
+    if beta:
+        kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1  # k3 of http://joschu.net/blog/kl-approx.html
+        token_loss = token_loss + beta * kl
+    token_loss = token_loss * mask
+    if loss_type == "grpo":  # mean over each sequence's tokens, then over sequences
+        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_sequences
+    elif loss_type == "dapo":  # mean over all tokens, arXiv:2503.14476
+        loss = token_loss.sum() / num_tokens
+    else:  # dr_grpo: over a constant, so that long answers weigh no less
+        loss = token_loss.sum() / (num_sequences * max_completion_length)
+    was_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
+    return loss, {"kl": (kl.detach() * mask).sum().item(), "clip_fraction": (was_clipped * mask).sum().item()}
+
+
+# === end shared =======================================================================================================
+
+
+def check(config):
+    """Raises InputError for knobs that make no sense, before anything is loaded."""
+    evaluation.check_at_least(1, config, "steps", "prompts_per_step", "max_prompt_length", "max_completion_length", "mu",
+                              "eval_size", "eval_batch_size")
+    evaluation.check_at_least(0, config, "beta", "epsilon", "epsilon_high", "ref_every", "resample_zero_std", "limit", "warmup",
+                              "importance_cap", "completions_per_forward", "eval_every", "save_every")
+    if config.group_size < 2:
+        raise InputError(f"--group_size {config.group_size}: at least 2 are needed, an advantage compares a group's answers")
+    for field in ("learning_rate", "temperature", "max_grad_norm"):
+        if not getattr(config, field) > 0:
+            raise InputError(f"--{field} {getattr(config, field)}: more than 0 is needed")
+
+
+def question_stream(rows, seed, position):
+    """Endless rows, shuffled anew each epoch. The order hangs on the seed alone: a resumed run goes on where it stood."""
+    while True:
+        epoch, start = divmod(position, len(rows))
+        for index in random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))[start:]:
+            position += 1
+            yield rows[index]
+
+
+def rollout(model, tokenizer, questions, config, compute, stops, generator):
+    """Samples a group of completions for each of the next P questions and scores them; a list of P dicts."""
+    batch = [next(questions) for _ in range(config.prompts_per_step)]
+    with evaluation.autocast(compute):
+        completion_ids, completion_mask, sampler_logps = evaluation.generate(
+            model, [prompt_ids for _, prompt_ids in batch], config.group_size, stop_ids=stops, generator=generator,
+            max_new_tokens=config.max_completion_length, temperature=config.temperature)
+    texts, groups = evaluation.decode(tokenizer, completion_ids, completion_mask), []
+    for i, (row, prompt_ids) in enumerate(batch):
+        own = slice(i * config.group_size, (i + 1) * config.group_size)
+        lengths = completion_mask[own].sum(dim=1)
+        ids, mask = completion_ids[own, :lengths.max()], completion_mask[own, :lengths.max()]
+        last = ids.gather(1, lengths[:, None] - 1)[:, 0]
+        truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device))  # cut at the limit: no EOS
+        scores = [score(text, row, config) for text in texts[own]]
+        rewards = torch.tensor([s["score"] for s in scores], dtype=torch.float64)
+        groups.append({
+            "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "completion_ids": ids,
+            "completion_mask": mask & ~truncated[:, None] if config.mask_truncated else mask,
+            "sampler_logps": sampler_logps[own, :lengths.max()], "texts": texts[own], "lengths": lengths,
+            "truncated": truncated, "scores": scores, "rewards": rewards, "zero_std": bool(rewards.max() == rewards.min())})
+    return groups
+
+
+def policy_gradient(model, reference, groups, first_epoch, config, compute, scaler):
+    """Adds the gradient of the loss of the whole rollout to the model's parameters, a few completions at a time.
+
+    The first epoch after sampling writes each group's old_logps and ref_logps, later ones read them. Returns sums over the
+    tokens that were passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
+    """
+    masks = [group["completion_mask"] for group in groups]
+    num_tokens = max(1, sum(int(mask.sum()) for mask in masks))  # denominators of the whole rollout, for every part of it
+    num_sequences = max(1, sum(int(mask.any(dim=1).sum()) for mask in masks))
+    size = config.completions_per_forward or config.group_size
+    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "sampler_gap", "tokens"), 0.0)
+    for group in groups:
+        if group["zero_std"] and not config.beta:
+            continue  # no advantage and no KL: no gradient
+        if first_epoch:
+            group["old_logps"], group["ref_logps"] = (torch.zeros_like(group["sampler_logps"]) for _ in range(2))
+        for first in range(0, config.group_size, size):
+            part = slice(first, first + size)
+            ids, mask = group["completion_ids"][part], group["completion_mask"][part]
+            with evaluation.autocast(compute):
+                logps, entropy = token_logps(model, group["prompt_ids"], ids, config.temperature)
+            if first_epoch:  # the policy is still the one that sampled: its own logps are the old ones
+                group["old_logps"][part] = logps.detach()
+                if config.beta:
+                    with torch.no_grad(), evaluation.autocast(compute):
+                        group["ref_logps"][part] = token_logps(reference, group["prompt_ids"], ids, config.temperature)[0]
+            gap = group["old_logps"][part] - group["sampler_logps"][part]
+            loss, watched = grpo_loss(
+                logps, group["old_logps"][part], group["ref_logps"][part], group["advantages"][part], mask,
+                num_sequences=num_sequences, num_tokens=num_tokens, max_completion_length=config.max_completion_length,
+                epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta, loss_type=config.loss_type,
+                importance_level=config.importance_level,
+                weights=gap.exp().clamp(max=config.importance_cap) if config.importance_cap else None)
+            scaler.scale(loss).backward()
+            watched |= {"loss": loss.item(), "entropy": (entropy * mask).sum().item(),
+                        "sampler_gap": (gap.abs() * mask).sum().item(), "tokens": int(mask.sum())}
+            sums = {key: sums[key] + watched[key] for key in sums}
+    return sums
+
+
+def main(config):
+    check(config)
+    run = evaluation.Run("grpo_pubmedqa", config)
+    if run.finished:
+        print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
+        return
+
+    # --- data, model, and everything else that a checkpoint holds
+    train, heldout, dropped = pubmedqa.load_rows(
+        config.data, config.maybe, config.question_field, config.context_field, config.answer_field,
+        evaluation.read_system_prompt(config.system_prompt), config.limit)
+    evaluation.check_rows(config, train, heldout, dropped)
+    model, tokenizer, compute = evaluation.load_model(config.model, config.dtype, fp32_weights=True,
+                                                      attn_implementation=config.attn_implementation)
+    train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
+    heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
+    reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    scheduler = get_linear_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    parts |= {"reference": reference} if config.beta else {}
+    run.open()
+    step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when this launch (less earlier ones) began
+    state = run.load_checkpoint()
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        step, position, start = state["step"], state["position"], time.time() - state["seconds"]
+        print(f"resumed: {run.folder} after step {step}")
+
+    def checkpoint():
+        run.save_checkpoint({**{name: part.state_dict() for name, part in parts.items()}, "generator": generator.get_state(),
+                             "step": step, "position": position, "seconds": time.time() - start})
+
+    def evaluate(title):
+        return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
+                                   max_completion_length=config.max_completion_length)
+
+    # --- before
+    if not state:
+        run.write_records("eval_before", evaluate("before"))
+    before = run.read_records("eval_before")
+    print("before:", evaluation.describe(evaluation.summarize(before)))
+
+    # --- training
+    stops, questions = evaluation.stop_ids(model, tokenizer), question_stream(train, config.seed, position)
+    bar = tqdm(range(step + 1, config.steps + 1), "train", config.steps, initial=step, unit="step", disable=None)
+    for step in bar:
+        if config.beta and config.ref_every and step > 1 and (step - 1) % config.ref_every == 0:
+            reference.load_state_dict(model.state_dict())
+
+        # sample groups; on demand, groups whose rewards are all equal make room for those of other questions
+        clock, extra_batches = time.time(), 0
+        sampling = (model, tokenizer, questions, config, compute, stops, generator)
+        groups = rollout(*sampling)
+        while extra_batches < config.resample_zero_std and any(group["zero_std"] for group in groups):
+            extra_batches += 1
+            groups = sorted(groups + rollout(*sampling), key=lambda group: group["zero_std"])[:config.prompts_per_step]
+        position += config.prompts_per_step * (1 + extra_batches)
+        generate_seconds, clock = time.time() - clock, time.time()
+
+        # rewards to advantages, each completion against its group
+        rewards = torch.stack([group["rewards"] for group in groups])  # [P, G]
+        for group, advantages in zip(groups, group_advantages(rewards, config.scale_rewards)):
+            group["advantages"] = advantages.float().to(model.device)
+
+        # mu epochs on the same rollout
+        epochs, grad_norms, learning_rate = [], [0.0], scheduler.get_last_lr()[0]
+        for epoch in range(config.mu):
+            epochs.append(policy_gradient(model, reference, groups, epoch == 0, config, compute, scaler))
+            if epochs[-1]["tokens"]:  # else every group was skipped
+                scaler.unscale_(optimizer)
+                grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item())
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        scheduler.step()
+
+        # metrics: means over the step
+        sums = {key: sum(epoch[key] for epoch in epochs) for key in epochs[0]}
+        scores = [s for group in groups for s in group["scores"]]
+        metrics = {
+            "step": step, "reward": mean(s["score"] for s in scores), "reward_correctness": mean(s["correctness"] for s in scores),
+            "reward_format": mean(s["format"] for s in scores), "reward_std": rewards.std(dim=1).mean().item(),
+            "zero_std_groups": sum(group["zero_std"] for group in groups), "extra_batches": extra_batches,
+            "accuracy": mean(s["accuracy"] for s in scores), "loss": sums.pop("loss") / config.mu,
+            **{key: sums[key] / max(1, sums["tokens"]) for key in ("kl", "clip_fraction", "entropy", "sampler_gap")},
+            "completion_length": mean(n for group in groups for n in group["lengths"].tolist()),
+            "truncated": mean(float(t) for group in groups for t in group["truncated"].tolist()),
+            "grad_norm": grad_norms[-1], "learning_rate": learning_rate,
+            "num_tokens": sum(int(group["lengths"].sum()) for group in groups), "generate_seconds": generate_seconds,
+            "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]
+        run.report(bar, metrics, groups[0])
+        if run.signal or (config.save_every and step % config.save_every == 0):
+            checkpoint()
+            run.stop_if_asked(bar, step)
+
+    # --- after
+    run.write_records("eval_after", evaluate("after"))
+    comparison = evaluation.compare(before, run.read_records("eval_after"))
+    model.save_pretrained(run.folder / "model")
+    tokenizer.save_pretrained(run.folder / "model")
+    run.finish({**comparison, "steps": config.steps, "seconds": time.time() - start, "seed": config.seed,
+                "model": config.model, "data": config.data, "versions": evaluation.versions()})
+
+
+def parse(arguments=None):
+    """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
+    config = tyro.cli(Config, args=arguments, use_underscores=True)
+    if config.model == "tiny":
+        print("" if GPU else "no GPU: ", "built-in tiny model", sep="", end="; ")
+        plain, config = config, tyro.cli(Config, args=arguments, use_underscores=True, default=replace(Config(), **TINY))
+        print("its settings:", ", ".join(f"{key} {getattr(config, key)}" for key in TINY if getattr(config, key) != getattr(plain, key)))
+    return config
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse())

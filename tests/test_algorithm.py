@@ -1,0 +1,307 @@
+"""The algorithm, to the digit: TRL's numbers, and the invariants of GRPO on real (tiny) models."""
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import grpo_pubmedqa as grpo
+from data import pubmedqa
+
+TRL = json.loads((Path(__file__).parent / "trl_loss.json").read_text())  # made with TRL 1.16, see "source" in the file
+SCRIPTS = sorted(Path(__file__).parents[1].glob("grpo_*.py"))
+
+
+def tensor(name):
+    return torch.tensor(TRL[name])
+
+
+@pytest.mark.parametrize("case", TRL["cases"], ids=lambda c: "-".join(str(v) for v in list(c.values())[:5]))
+def test_loss_and_gradient_are_trls(case):
+    logps, mask = tensor("per_token_logps").requires_grad_(), tensor("completion_mask").bool()
+    loss, _ = grpo.grpo_loss(
+        logps, tensor("old_per_token_logps"), tensor("ref_per_token_logps"), torch.tensor(TRL["advantages"]["group"]), mask,
+        num_sequences=len(mask), num_tokens=TRL["num_tokens"], max_completion_length=TRL["max_completion_length"],
+        epsilon=case["epsilon"], epsilon_high=case["epsilon"] if case["epsilon_high"] is None else case["epsilon_high"],
+        beta=case["beta"], loss_type=case["loss_type"], importance_level=case["importance_sampling_level"])
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
+    assert torch.allclose(logps.grad, torch.tensor(case["dloss_dlogp"]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_trls(scale):
+    rewards = tensor("rewards").view(-1, TRL["num_generations"])
+    advantages = grpo.group_advantages(rewards, scale)
+    assert torch.allclose(advantages.flatten(), torch.tensor(TRL["advantages"][scale]), atol=1e-6, rtol=0)
+    assert torch.allclose(advantages.sum(dim=1), torch.zeros(len(rewards)), atol=1e-5)
+
+
+def test_the_algorithm_block_is_the_same_in_all_scripts():
+    blocks = [path.read_text().partition("# === shared: algorithm ===")[2].partition("# === end shared ===")[0] for path in SCRIPTS]
+    assert blocks[0].strip() and all(block == blocks[0] for block in blocks)
+
+
+# --- log-probabilities on models of five families ---------------------------------------------------------------------
+
+
+def load(folder):
+    return evaluation.load_model(folder, "fp32")[:2]
+
+
+def random_prompts(tokenizer, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, 300, (length,), generator=generator).tolist() for length in lengths]
+
+
+def plain_logps(model, prompt, completion, temperature=1.0):
+    """What a forward pass over one unpadded sequence says: [T] log-probabilities of the completion."""
+    logits = model(torch.tensor([prompt + completion])).logits[0].float() / temperature
+    return logits.log_softmax(-1)[len(prompt) - 1:-1].gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+PROMPT_LENGTHS = [21, 5, 13]  # unequal, and longer than Gemma's sliding window of 8
+
+
+def test_greedy_tokens_are_those_of_transformers(family, family_folder):
+    model, tokenizer = load(family_folder(family))
+    prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
+    plain = evaluation.transformers.GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0)
+    free = [model.generate(torch.tensor([p]), generation_config=plain)[0, len(p):].tolist() for p in prompts]
+    stop = [free[0][9]]  # an id that is really produced, so that rows of a batch end at different times
+    expected = [ids[:ids.index(stop[0]) + 1] if stop[0] in ids else ids for ids in free]
+    ids, mask, logps = evaluation.generate(model, prompts, max_new_tokens=24, stop_ids=stop, temperature=0.0)
+    assert [row[m].tolist() for row, m in zip(ids, mask)] == expected
+    assert len(expected[0]) <= 10 and ids.shape == mask.shape == logps.shape
+    assert (ids[~mask] == 0).all() and (logps[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_trainer_and_plain_forward_agree(family, family_folder, temperature):
+    model, tokenizer = load(family_folder(family))
+    prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
+    ids, mask, sampled = evaluation.generate(model, prompts, 3, max_new_tokens=12, stop_ids=[7, 50, 51, 52], temperature=temperature,
+                                             generator=torch.Generator().manual_seed(1))
+    assert len({tuple(row.tolist()) for row in ids}) > 3  # it does sample
+    for i, prompt in enumerate(prompts):
+        own = slice(3 * i, 3 * i + 3)
+        logps, entropy = grpo.token_logps(model, torch.tensor(prompt), ids[own], temperature)
+        assert torch.allclose(logps[mask[own]], sampled[own][mask[own]], atol=1e-5)
+        for row, row_mask, row_logps in zip(ids[own], mask[own], logps):
+            expected = plain_logps(model, prompt, row[row_mask].tolist(), temperature)
+            assert torch.allclose(row_logps[row_mask], expected, atol=1e-5)
+        assert (entropy > 0).all() and (entropy < torch.tensor(float(model.config.vocab_size)).log()).all()
+
+
+def test_sampling_follows_the_model_not_its_generation_config(family_folder):
+    """qwen2's generation_config asks for top-k 3 and a repetition penalty: the frequencies must be the softmax's."""
+    model, tokenizer = load(family_folder("qwen2"))
+    prompt = random_prompts(tokenizer, [6])
+    for temperature in (1.0, 2.0):
+        ids, _, _ = evaluation.generate(model, prompt, 20_000, max_new_tokens=1, stop_ids=[], temperature=temperature,
+                                        generator=torch.Generator().manual_seed(0))
+        expected = (model(torch.tensor(prompt)).logits[0, -1] / temperature).softmax(-1)
+        counts = torch.bincount(ids[:, 0], minlength=len(expected)) / 20_000
+        assert (counts - expected).abs().max() < 0.012  # three standard errors of a frequency
+        assert (counts > 0).sum() > 20
+
+
+def test_gradient_of_the_shared_prompt_is_the_padded_loops(family, family_folder):
+    model, tokenizer = load(family_folder(family))
+    prompt = random_prompts(tokenizer, [21])[0]
+    completions = [ids for ids in random_prompts(tokenizer, [9, 4, 1, 9], seed=3)]
+    ids = torch.tensor([row + [0] * (9 - len(row)) for row in completions])
+    mask = torch.tensor([[1] * len(row) + [0] * (9 - len(row)) for row in completions]).bool()
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(2)) * mask
+    (grpo.token_logps(model, torch.tensor(prompt), ids, 0.9)[0] * weights).sum().backward()
+    shared = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sum((plain_logps(model, prompt, row, 0.9) * w[:len(row)]).sum() for row, w in zip(completions, weights)).backward()
+    scale = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    error = torch.stack([(shared[name] - p.grad).norm() for name, p in model.named_parameters()]).norm()
+    assert error < 1e-5 * scale
+
+
+# --- a rollout and its gradient, through the script's own functions ----------------------------------------------------
+
+CONFIG = replace(grpo.Config(), model="tiny", data="builtin", prompts_per_step=3, group_size=4, max_completion_length=48, beta=0.05)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny")
+
+
+def make_rollout(tiny, config, seed=0):
+    model, tokenizer = tiny
+    rows = evaluation.encode_rows(tokenizer, pubmedqa.load_rows(limit=60)[0], 2048, "training")
+    groups = grpo.rollout(model, tokenizer, grpo.question_stream(rows, seed, 0), config, torch.float32,
+                          evaluation.stop_ids(model, tokenizer), torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    for group in groups:  # random rewards, so that every group has an advantage
+        group["rewards"] = torch.rand(config.group_size, generator=generator, dtype=torch.float64)
+        group["zero_std"] = False
+    set_advantages(groups, config)
+    return groups
+
+
+def set_advantages(groups, config):
+    advantages = grpo.group_advantages(torch.stack([group["rewards"] for group in groups]), config.scale_rewards)
+    for group, own in zip(groups, advantages):
+        group["advantages"] = own.float()
+
+
+def gradient(model, reference, groups, config, first_epoch=True):
+    """(sums, flat gradient) of a rollout."""
+    model.zero_grad()
+    sums = grpo.policy_gradient(model, reference, groups, first_epoch, config, torch.float32, torch.amp.GradScaler("cpu", enabled=False))
+    flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+    model.zero_grad()
+    return sums, flat
+
+
+def shaken(model, scale=0.02):
+    """A copy of the model a little way off, as a policy is some steps after its reference was made."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * p.std() * scale)
+    return other
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("importance_level", ["token", "sequence"])
+def test_cutting_groups_into_passes_changes_nothing(tiny, loss_type, importance_level):
+    config = replace(CONFIG, loss_type=loss_type, importance_level=importance_level, mask_truncated=True, max_completion_length=36)
+    reference, results = shaken(tiny[0]), []
+    for size in (0, 1, 3):
+        config = replace(config, completions_per_forward=size)
+        groups = make_rollout(tiny, config)
+        assert 0 < sum(int(group["truncated"].sum()) for group in groups) < 12  # some are cut, some are not
+        _, first = gradient(tiny[0], reference, groups, config)
+        sums, second = gradient(shaken(tiny[0], 0.05), reference, groups, config, first_epoch=False)
+        assert sums["clip_fraction"] > 0 and sums["kl"] > 0
+        results.append((sums["loss"], torch.cat([first, second])))
+    for loss, flat in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
+        assert (flat - results[0][1]).norm() < 1e-5 * results[0][1].norm()
+
+
+def test_dapo_divides_by_the_tokens_of_the_rollout_not_of_the_pass(tiny):
+    """With advantages of 1 and no clipping the dapo loss is minus the mean over all tokens of 1: -1, however it is cut."""
+    for size in (0, 1):
+        config = replace(CONFIG, beta=0.0, loss_type="dapo", completions_per_forward=size)
+        groups = make_rollout(tiny, config)
+        assert len({int(n) for group in groups for n in group["lengths"]}) > 1
+        for group in groups:
+            group["advantages"] = torch.ones(4)
+        assert gradient(tiny[0], None, groups, config)[0]["loss"] == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+def test_an_all_equal_group_is_skipped_and_changes_no_denominator(tiny, loss_type, scale_rewards):
+    config = replace(CONFIG, beta=0.0, loss_type=loss_type, scale_rewards=scale_rewards)
+    groups = make_rollout(tiny, config)
+    groups[1]["rewards"] = torch.full((4,), 2.8, dtype=torch.float64)
+    set_advantages(groups, config)
+    assert groups[1]["advantages"].abs().max() < 1e-9
+    _, passed = gradient(tiny[0], None, groups, config)
+    groups[1]["zero_std"] = True  # as rollout marks it
+    sums, skipped = gradient(tiny[0], None, groups, config)
+    assert torch.allclose(passed, skipped, atol=1e-8)
+    assert sums["tokens"] == sum(int(groups[i]["completion_mask"].sum()) for i in (0, 2))
+    lengths = [int(group["completion_mask"].sum()) for group in groups]
+    others = gradient(tiny[0], None, [groups[0], groups[2]], config)[1]  # without it every denominator would be smaller
+    smaller = (lengths[0] + lengths[2]) / sum(lengths) if loss_type == "dapo" else 2 / 3
+    assert torch.allclose(skipped, others * smaller, atol=1e-7)
+
+
+def test_rollout_marks_groups_whose_rewards_are_equal(tiny):
+    model, tokenizer = tiny
+    rows = evaluation.encode_rows(tokenizer, pubmedqa.load_rows(limit=60)[0], 2048, "training")
+    groups = grpo.rollout(model, tokenizer, grpo.question_stream(rows, 0, 0), replace(CONFIG, prompts_per_step=12), torch.float32,
+                          evaluation.stop_ids(model, tokenizer), torch.Generator().manual_seed(0))
+    assert {group["zero_std"] for group in groups} == {True, False}
+    for group in groups:
+        assert group["zero_std"] == (len({s["score"] for s in group["scores"]}) == 1)
+
+
+def test_the_final_eos_is_trained_and_a_cut_completion_has_none(tiny):
+    model, tokenizer = tiny
+    stops = evaluation.stop_ids(model, tokenizer)
+    groups = make_rollout(tiny, replace(CONFIG, max_completion_length=36))
+    cut = whole = 0
+    for group in groups:
+        for ids, mask, truncated, length in zip(*(group[k] for k in ("completion_ids", "completion_mask", "truncated", "lengths"))):
+            assert mask[:length].all() and not mask[length:].any()  # the mask comes from positions and holds the last token
+            assert (int(ids[length - 1]) in stops) != bool(truncated)
+            assert not any(int(i) in stops for i in ids[:length - 1])
+            assert not truncated or length == 36
+            cut, whole = cut + bool(truncated), whole + (not truncated)
+    assert cut and whole
+    masked = make_rollout(tiny, replace(CONFIG, max_completion_length=36, mask_truncated=True))
+    for group in masked:
+        assert torch.equal(group["completion_mask"].any(dim=1), ~group["truncated"])
+
+
+def test_pad_equal_to_eos_changes_nothing(tiny):
+    model, tokenizer = tiny
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.eos_token
+    one, two = make_rollout(tiny, CONFIG), make_rollout((model, other), CONFIG)
+    assert all(torch.equal(a["completion_mask"], b["completion_mask"]) for a, b in zip(one, two))
+    gradients = [gradient(model, model, groups, CONFIG)[1] for groups in (one, two)]
+    assert torch.equal(*gradients)
+    eos = tokenizer.eos_token_id
+    ended = [group for group in two if not group["truncated"].all()][0]
+    row = int((~ended["truncated"]).nonzero()[0])
+    last = int(ended["lengths"][row]) - 1
+    assert ended["completion_ids"][row, last] == eos and ended["completion_mask"][row, last]
+
+
+def test_the_eos_receives_gradient(tiny):
+    """A loss on the last token alone moves the model, so the EOS is not merely present but trained."""
+    groups = make_rollout(tiny, CONFIG)
+    group = [g for g in groups if not g["truncated"].all()][0]
+    row = int((~group["truncated"]).nonzero()[0])
+    only_eos = torch.zeros_like(group["completion_mask"])
+    only_eos[row, int(group["lengths"][row]) - 1] = True
+    group["completion_mask"] = group["completion_mask"] & only_eos
+    assert gradient(tiny[0], None, [group], replace(CONFIG, beta=0.0))[1].norm() > 0
+
+
+def test_temperature_enters_the_loss(tiny):
+    groups = make_rollout(tiny, CONFIG)
+    one, two = (gradient(tiny[0], tiny[0], groups, replace(CONFIG, temperature=t))[1] for t in (1.0, 0.5))
+    assert (one - two).norm() > 0.1 * one.norm()
+
+
+def test_kl_is_zero_against_oneself_and_positive_against_another(tiny):
+    groups = make_rollout(tiny, CONFIG)
+    assert gradient(tiny[0], copy.deepcopy(tiny[0]), groups, CONFIG)[0]["kl"] == 0
+    assert gradient(tiny[0], shaken(tiny[0]), groups, CONFIG)[0]["kl"] > 0
+
+
+def test_importance_weights_are_capped_ratios(tiny):
+    config = replace(CONFIG, beta=0.0, importance_cap=1.5, loss_type="dapo")
+    groups = make_rollout(tiny, config)
+    plain = gradient(tiny[0], None, groups, replace(config, importance_cap=0.0))[1]
+    assert torch.allclose(gradient(tiny[0], None, groups, config)[1], plain, atol=1e-5)  # fp32: sampler and trainer agree
+    for group in groups:
+        group["sampler_logps"] = group["sampler_logps"] - 3  # as if the sampler had found all tokens unlikelier
+    assert torch.allclose(gradient(tiny[0], None, groups, config)[1], 1.5 * plain, atol=1e-4 * float(plain.norm()))
+
+
+def test_question_stream_continues_where_it_stood():
+    rows = list(range(7))
+    whole = grpo.question_stream(rows, 3, 0)
+    drawn = [next(whole) for _ in range(20)]
+    assert sorted(drawn[:7]) == sorted(drawn[7:14]) == rows and drawn[:7] != drawn[7:14]
+    later = grpo.question_stream(rows, 3, 11)
+    assert [next(later) for _ in range(9)] == drawn[11:]
+    other = grpo.question_stream(rows, 4, 0)
+    assert [next(other) for _ in range(7)] != drawn[:7]
