@@ -8,12 +8,12 @@ format rate, and pass@1 over --samples sampled answers. It writes eval.jsonl (a 
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
 import sys
 import time
+import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -331,12 +331,14 @@ class Run:
                                  "that would be another run; give the values of the launch")
             self.finished = (self.folder / "summary.json").exists()
         self.config = asdict(config)
+        self.schedule_steps = before["steps"] if known.exists() else config.steps  # of the learning rate: fixed at launch
 
     def open(self):
         """Called once the input is known to be good: makes the folder, catches SIGINT and SIGTERM, starts wandb if asked."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+            if not (self.folder / "config.json").exists():
+                (self.folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
         signal.signal(signal.SIGINT, self._stop)
@@ -345,7 +347,7 @@ class Run:
             import wandb  # seconds to import, and only when asked for
             identity = self.folder / "wandb_id"
             if not identity.exists():
-                identity.write_text(wandb.util.generate_id())
+                identity.write_text(uuid.uuid4().hex[:8])
             self.wandb = wandb.init(project=self.config["wandb_project"], mode=self.config["wandb"], dir=str(self.folder), config=self.config,
                                     name=self.folder.name, id=identity.read_text(), resume="allow")
 

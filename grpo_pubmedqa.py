@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import DynamicCache, get_linear_schedule_with_warmup
+from transformers import DynamicCache
 
 import eval as evaluation
 import rewards
@@ -190,6 +190,13 @@ def question_stream(rows, seed, position):
             yield rows[index]
 
 
+def learning_rate(step, config, schedule_steps):
+    """Linear warm-up to the peak, then linear decay; schedule_steps is the number of steps at launch."""
+    warmup = config.warmup * schedule_steps
+    rising, falling = step / max(1, warmup), max(1, schedule_steps + 1 - step) / max(1, schedule_steps + 1 - warmup)
+    return config.learning_rate * min(1, rising, falling)
+
+
 def rollout(model, tokenizer, questions, config, compute, stops, generator):
     """Samples a group of completions for each of the next P questions and scores them; a list of P dicts."""
     batch = [next(questions) for _ in range(config.prompts_per_step)]
@@ -272,10 +279,9 @@ def main(config):
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    scheduler = get_linear_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     parts |= {"reference": reference} if config.beta else {}
     run.open()
     step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when this launch (less earlier ones) began
@@ -324,7 +330,8 @@ def main(config):
             group["advantages"] = advantages.float().to(model.device)
 
         # mu epochs on the same rollout
-        epochs, grad_norms, learning_rate = [], [0.0], scheduler.get_last_lr()[0]
+        epochs, grad_norms, rate = [], [0.0], learning_rate(step, config, run.schedule_steps)
+        optimizer.param_groups[0]["lr"] = rate
         for epoch in range(config.mu):
             epochs.append(policy_gradient(model, reference, groups, epoch == 0, config, compute, scaler))
             if epochs[-1]["tokens"]:  # else every group was skipped
@@ -333,7 +340,6 @@ def main(config):
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-        scheduler.step()
 
         # metrics: means over the step
         sums = {key: sum(epoch[key] for epoch in epochs) for key in epochs[0]}
@@ -346,13 +352,13 @@ def main(config):
             **{key: sums[key] / max(1, sums["tokens"]) for key in ("kl", "clip_fraction", "entropy", "sampler_gap")},
             "completion_length": mean(n for group in groups for n in group["lengths"].tolist()),
             "truncated": mean(float(t) for group in groups for t in group["truncated"].tolist()),
-            "grad_norm": grad_norms[-1], "learning_rate": learning_rate,
+            "grad_norm": grad_norms[-1], "learning_rate": rate,
             "num_tokens": sum(int(group["lengths"].sum()) for group in groups), "generate_seconds": generate_seconds,
             "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]
         run.report(bar, metrics, groups[0])
-        if run.signal or (config.save_every and step % config.save_every == 0):
+        if run.signal or step == config.steps or (config.save_every and step % config.save_every == 0):
             checkpoint()
             run.stop_if_asked(bar, step)
 

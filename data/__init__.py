@@ -100,7 +100,7 @@ def hub_message(what, error, instead):
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     names, text = {type(cause).__name__ for cause in chain}, " ".join(str(cause) for cause in chain)
-    if "GatedRepoError" in names or "gated repo" in text:
+    if "GatedRepoError" in names or " gated " in text:
         return f"{what} is gated: accept its licence on its page at huggingface.co, run `hf auth login`, and try again"
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and "offline" not in text.lower():
         return f"{what} is not on the hub, or is private: check the spelling, or run `hf auth login`"

@@ -61,6 +61,17 @@ FAMILIES = {
 }
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out by default, run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
 def save_family(family, folder, vocab_size=None):
     """A random model of a family and a tokenizer with its special tokens and template, in the hub's file format."""
     model_class, config, template, special, eos, pad, eos_tokens = FAMILIES[family]

@@ -69,7 +69,7 @@ PROMPT_LENGTHS = [21, 5, 13]  # unequal, and longer than Gemma's sliding window 
 def test_greedy_tokens_are_those_of_transformers(family, family_folder):
     model, tokenizer = load(family_folder(family))
     prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
-    plain = evaluation.transformers.GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0)
+    model.generation_config = plain = evaluation.transformers.GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0)
     free = [model.generate(torch.tensor([p]), generation_config=plain)[0, len(p):].tolist() for p in prompts]
     stop = [free[0][9]]  # an id that is really produced, so that rows of a batch end at different times
     expected = [ids[:ids.index(stop[0]) + 1] if stop[0] in ids else ids for ids in free]
@@ -175,14 +175,15 @@ def shaken(model, scale=0.02):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("importance_level", ["token", "sequence"])
 def test_cutting_groups_into_passes_changes_nothing(tiny, loss_type, importance_level):
-    config = replace(CONFIG, loss_type=loss_type, importance_level=importance_level, mask_truncated=True, max_completion_length=36)
+    config = replace(CONFIG, loss_type=loss_type, importance_level=importance_level, mask_truncated=True, max_completion_length=36,
+                     epsilon=0.001, epsilon_high=0.002)
     reference, results = shaken(tiny[0]), []
     for size in (0, 1, 3):
         config = replace(config, completions_per_forward=size)
         groups = make_rollout(tiny, config)
         assert 0 < sum(int(group["truncated"].sum()) for group in groups) < 12  # some are cut, some are not
         _, first = gradient(tiny[0], reference, groups, config)
-        sums, second = gradient(shaken(tiny[0], 0.05), reference, groups, config, first_epoch=False)
+        sums, second = gradient(shaken(tiny[0], 0.3), reference, groups, config, first_epoch=False)
         assert sums["clip_fraction"] > 0 and sums["kl"] > 0
         results.append((sums["loss"], torch.cat([first, second])))
     for loss, flat in results[1:]:

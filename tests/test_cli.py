@@ -215,6 +215,7 @@ def test_a_gated_repository_says_to_log_in(flags, tmp_path):
     assert "gated" in done.stderr and "hf auth login" in done.stderr
 
 
+@pytest.mark.slow  # the hub client tries again for up to a minute before it gives up
 @pytest.mark.parametrize("flags", [["--model", "meta/llama", "--data", "builtin"], ["--model", "tiny", "--data", "hub"]])
 def test_an_unreachable_hub_says_how_to_run_without(flags, tmp_path):
     env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
