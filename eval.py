@@ -28,6 +28,7 @@ import transformers
 import tyro
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
 from data import InputError, hub_message, one_line_errors, pubmedqa
@@ -97,6 +98,10 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
             model = PeftModel.from_pretrained(model, adapter)
     except Exception as error:  # a dozen types of transformers, hub, safetensors and json, one thing to the user: no model
         raise InputError(hub_message(f"model {name}", error, "--model tiny, or --model PATH to a local folder")) from error
+    capped = [key for key in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
+              if getattr(model.config.get_text_config(), key, None) not in (None, 1.0)]
+    if capped:
+        raise InputError(f"model {name}: {capped[0]} in its config.json is not supported here (Gemma 2, Granite and Cohere use it)")
     if not load_in_4bit:
         model.to(device)
     model.eval()
@@ -161,12 +166,73 @@ def stop_ids(model, tokenizer):
 # === sampling =========================================================================================================
 
 
+class SharedPromptCache(DynamicCache):
+    """Keys and values of P prompts, held once each, and of their N completions, which grow in place; rows can leave.
+
+    prompt: (keys, values) [P, KV heads, S, d] a layer, of prompts padded on the left as prompt_mask [P, S] says. n: completions
+    a prompt; room: most tokens a completion can have.
+    """
+
+    def __init__(self, prompt, prompt_mask, n, room):
+        super().__init__()
+        self.prompt, self.prompts, self.width, self.room = prompt, len(prompt_mask), n, room
+        self.bias = None if prompt_mask.all() else torch.zeros_like(prompt_mask, dtype=torch.float32).masked_fill(
+            prompt_mask == 0, -torch.inf)[:, None, None]  # added to the scores: [P, 1, 1, S]
+        self.own = [[keys.new_empty(len(prompt_mask) * n, keys.shape[1], room, keys.shape[3]) for _ in "kv"] for keys, _ in prompt]
+        self.slots = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)  # place of each row: prompt * n + i
+        self.tokens = 0  # of each completion, the one that is being computed included
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        """Writes the new token of every row and returns the completions so far, [N, KV heads, tokens, d], as views."""
+        for buffer, new in zip(self.own[layer_idx], (keys, values)):
+            buffer[:, :, self.tokens - 1] = new[:, :, 0]
+        return [buffer[:, :, :self.tokens] for buffer in self.own[layer_idx]]
+
+    def keep(self, rows):
+        """Drops all rows but these."""
+        self.slots = self.slots[rows]
+        self.own = [[buffer[rows] for buffer in pair] for pair in self.own]
+
+    def by_prompt(self, x):
+        """[N, KV heads, r, d], a row a completion, to [P, KV heads, n * r, d]: the completions of a prompt side by side."""
+        spread = x.new_zeros(self.prompts * self.width, *x.shape[1:]).index_copy_(0, self.slots, x)
+        return spread.view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x):
+        """The way back."""
+        return x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
+
+
+def shared_prompt_attention(module, query, key, value, attention_mask, scaling, shared, sliding_window=None, **_):
+    """Attention of one new token a row, in transformers' form: query [N, heads, 1, d], key and value as update returns them.
+
+    The scores on the prompt are products with its one copy of keys; no key is repeated for the query heads that share it.
+    """
+    (prompt_keys, prompt_values), bias = shared.prompt[module.layer_idx], shared.bias
+    if sliding_window:  # the last `sliding_window` positions of prompt and completion
+        drop = max(0, prompt_keys.shape[2] + key.shape[2] - sliding_window)
+        key, value = (x[:, :, max(0, drop - prompt_keys.shape[2]):] for x in (key, value))
+        prompt_keys, prompt_values = prompt_keys[:, :, drop:], prompt_values[:, :, drop:]
+        bias = bias if bias is None else bias[..., drop:]
+    query = query.view(len(query), key.shape[1], -1, query.shape[3]) * scaling  # [N, KV heads, query heads of each, d]
+    on_prompt = shared.by_prompt(query) @ prompt_keys.mT
+    on_prompt = shared.by_row(on_prompt if bias is None else on_prompt + bias.to(on_prompt.dtype))
+    weights = torch.cat([on_prompt, query @ key.mT], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    on_prompt, own = weights.split([prompt_keys.shape[2], key.shape[2]], dim=-1)
+    output = shared.by_row(shared.by_prompt(on_prompt) @ prompt_values) + own @ value
+    return output.flatten(1, 2)[:, None], None  # [N, 1, heads, d]
+
+
+ALL_ATTENTION_FUNCTIONS.register("shared_prompt", shared_prompt_attention)
+
+
 @torch.no_grad()
 def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None):
     """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own distribution.
 
     prompt_ids: P lists of token ids, of any lengths. Nothing of the model's generation_config plays in: no top-k, top-p
-    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token.
+    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token. A prompt is computed and
+    its keys and values are kept once for its n completions.
     Returns completion_ids, completion_mask (bool) and logps (fp32, nats, at `temperature`; 0 in padding), each
     [P * n, T], the n completions of a prompt in consecutive rows.
     """
@@ -174,39 +240,45 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    stops = torch.tensor(stop_ids, device=device)
-    rows = len(prompt_ids) * n
+    prompt = DynamicCache()
+    logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt, logits_to_keep=1).logits
+    cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
+    logits, position_ids = logits.repeat_interleave(n, 0), position_ids[:, -1:].repeat_interleave(n, 0)
+
+    rows, stops = len(logits), torch.tensor(stop_ids, device=device)
     completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     completion_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
-
-    cache = DynamicCache()
-    logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, logits_to_keep=1).logits
-    cache.batch_repeat_interleave(n)
-    logits, mask, position_ids = (x.repeat_interleave(n, 0) for x in (logits, mask, position_ids[:, -1:]))
     active = torch.arange(rows, device=device)  # rows of the result that are still being written
-    for t in range(max_new_tokens):
-        logits = logits[:, -1].float()
-        distribution = torch.log_softmax(logits / temperature if temperature else logits, dim=-1)
-        if temperature:  # one uniform number a row on the cumulative distribution
-            cumulative = distribution.exp().cumsum(-1)
-            uniform = torch.rand(len(active), 1, generator=generator, device=device) * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=cumulative.shape[1] - 1)
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        completion_ids[active, t] = token[:, 0]
-        completion_mask[active, t] = True
-        logps[active, t] = distribution.gather(1, token)[:, 0]
-        going = ~torch.isin(token[:, 0], stops)
-        if not going.any() or t == max_new_tokens - 1:
-            break
-        if not going.all():  # finished rows leave the batch
-            keep = going.nonzero()[:, 0]
-            active, token, mask, position_ids = active[keep], token[keep], mask[keep], position_ids[keep]
-            cache.batch_select_indices(keep)
-        position_ids = position_ids + 1
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        logits = model(token, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+    config = model.config.get_text_config()
+    usual, config._attn_implementation = config._attn_implementation, "shared_prompt"
+    try:
+        for t in range(max_new_tokens):
+            logits = logits[:, -1].float()
+            if temperature not in (0, 1):
+                logits = logits / temperature
+            peak = logits.amax(dim=-1, keepdim=True)
+            cumulative = (logits - peak).exp_().cumsum(dim=-1)  # of unnormalised probabilities
+            total = cumulative[:, -1:].clone()
+            if temperature:  # one uniform number a row, looked up in the cumulative distribution
+                uniform = torch.rand(len(active), 1, generator=generator, device=device)
+                token = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logits.shape[1] - 1)
+            else:
+                token = logits.argmax(dim=-1, keepdim=True)
+            completion_ids[active, t] = token[:, 0]
+            completion_mask[active, t] = True
+            logps[active, t] = (logits.gather(1, token) - peak - total.log())[:, 0]
+            going = ~torch.isin(token[:, 0], stops)
+            if not going.any() or t == max_new_tokens - 1:
+                break
+            if not going.all():  # finished rows leave the batch
+                keep = going.nonzero()[:, 0]
+                active, token, position_ids = active[keep], token[keep], position_ids[keep]
+                cache.keep(keep)
+            position_ids, cache.tokens = position_ids + 1, t + 1
+            logits = model(token, position_ids=position_ids, past_key_values=cache, shared=cache).logits
+    finally:
+        config._attn_implementation = usual
     return completion_ids[:, :t + 1], completion_mask[:, :t + 1], logps[:, :t + 1]
 
 

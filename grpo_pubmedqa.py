@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 import tyro
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -102,6 +103,8 @@ def score(text, row, config):
 # === shared: algorithm ================================================================================================
 # Pure functions, the same to the letter in the three scripts. P prompts, G completions of each, T tokens at most.
 
+TOKENS_AT_ONCE = 128  # tokens whose logits over the vocabulary are held at a time
+
 
 def group_advantages(rewards, scale_rewards):
     """Advantages [P, G] of rewards [P, G]: how much better than its group each completion did.
@@ -115,21 +118,37 @@ def group_advantages(rewards, scale_rewards):
     return centred / (std + 1e-4)
 
 
-def token_logps(model, prompt_ids, completion_ids, temperature):
-    """Log-probabilities of the completions of one prompt, token by token, and the entropy of each choice; differentiable.
+def prompt_cache(model, prompt_ids):
+    """Keys and values of a prompt ([S] ids), of every token but the last: a flat list of [1, KV heads, S - 1, d]; differentiable.
 
-    prompt_ids [S], completion_ids [G, T], padded on the right. Returns logps and entropy, both [G, T], fp32, in nats. No mask
-    is needed: under causal attention padding comes after everything that counts, and its own values are masked later.
+    The G completions of a group share their prompt, so it is computed once for all of them, here.
     """
-    cache = DynamicCache()  # keys and values of the prompt, computed once and kept in the autograd graph
-    model(prompt_ids[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_repeat_interleave(len(completion_ids))
+    cache = DynamicCache()
+    model.get_decoder()(prompt_ids[None, :-1], past_key_values=cache, use_cache=True)
+    return [x for keys, values, _ in cache for x in (keys, values)]
+
+
+def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
+    """Log-probabilities of completions of one prompt, token by token, and the entropy of each choice.
+
+    prompt: prompt_cache(model, prompt_ids); completion_ids [G, T], padded on the right. Returns logps and entropy, both [G, T],
+    fp32, in nats; logps is differentiable in the model and in `prompt`. No mask is needed: under causal attention padding comes
+    after everything that counts, and its own values are masked in the loss.
+    """
+    group = [x.expand(len(completion_ids), -1, -1, -1) for x in prompt]
     inputs = torch.cat([prompt_ids[-1:].expand(len(completion_ids), 1), completion_ids[:, :-1]], dim=1)
-    logits = model(inputs, past_key_values=cache, use_cache=True).logits.float() / temperature  # [G, T, vocabulary]
-    distribution = logits.log_softmax(dim=-1)
-    logps = distribution.gather(2, completion_ids[:, :, None])[:, :, 0]
-    with torch.no_grad():
-        entropy = -(distribution.exp() * distribution).sum(dim=-1)
+    hidden = model.get_decoder()(inputs, past_key_values=DynamicCache(zip(group[::2], group[1::2])), use_cache=True)[0]
+
+    def project(hidden, targets):  # onto the vocabulary, a few tokens at a time; recomputed in backward, so never all at once
+        logits = model.get_output_embeddings()(hidden).float() / temperature
+        distribution = logits.log_softmax(dim=-1)
+        with torch.no_grad():
+            entropy = -(distribution.exp() * distribution).sum(dim=-1)
+        return distribution.gather(1, targets[:, None])[:, 0], entropy
+
+    parts = [checkpoint(project, *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(hidden.flatten(0, 1).split(TOKENS_AT_ONCE), completion_ids.flatten().split(TOKENS_AT_ONCE))]
+    logps, entropy = (torch.cat(pieces).view_as(completion_ids) for pieces in zip(*parts))
     return logps, entropy
 
 
@@ -237,16 +256,21 @@ def policy_gradient(model, reference, groups, first_epoch, config, compute, scal
             continue  # no advantage and no KL: no gradient
         if first_epoch:
             group["old_logps"], group["ref_logps"] = (torch.zeros_like(group["sampler_logps"]) for _ in range(2))
+        with evaluation.autocast(compute):
+            prompt = prompt_cache(model, group["prompt_ids"])
+            with torch.no_grad():
+                ref_prompt = prompt_cache(reference, group["prompt_ids"]) if first_epoch and config.beta else None
+        leaves = [x.detach().requires_grad_() for x in prompt]  # collect the gradient of all parts of the group
         for first in range(0, config.group_size, size):
             part = slice(first, first + size)
             ids, mask = group["completion_ids"][part], group["completion_mask"][part]
             with evaluation.autocast(compute):
-                logps, entropy = token_logps(model, group["prompt_ids"], ids, config.temperature)
+                logps, entropy = token_logps(model, leaves, group["prompt_ids"], ids, config.temperature)
             if first_epoch:  # the policy is still the one that sampled: its own logps are the old ones
                 group["old_logps"][part] = logps.detach()
                 if config.beta:
                     with torch.no_grad(), evaluation.autocast(compute):
-                        group["ref_logps"][part] = token_logps(reference, group["prompt_ids"], ids, config.temperature)[0]
+                        group["ref_logps"][part] = token_logps(reference, ref_prompt, group["prompt_ids"], ids, config.temperature)[0]
             gap = group["old_logps"][part] - group["sampler_logps"][part]
             loss, watched = grpo_loss(
                 logps, group["old_logps"][part], group["ref_logps"][part], group["advantages"][part], mask,
@@ -258,6 +282,7 @@ def policy_gradient(model, reference, groups, first_epoch, config, compute, scal
             watched |= {"loss": loss.item(), "entropy": (entropy * mask).sum().item(),
                         "sampler_gap": (gap.abs() * mask).sum().item(), "tokens": int(mask.sum())}
             sums = {key: sums[key] + watched[key] for key in sums}
+        torch.autograd.backward(prompt, [leaf.grad for leaf in leaves])  # and send it through the prompt, once
     return sums
 
 
@@ -293,7 +318,7 @@ def main(config):
         step, position, start = state["step"], state["position"], time.time() - state["seconds"]
         print(f"resumed: {run.folder} after step {step}")
 
-    def checkpoint():
+    def save():
         run.save_checkpoint({**{name: part.state_dict() for name, part in parts.items()}, "generator": generator.get_state(),
                              "step": step, "position": position, "seconds": time.time() - start})
 
@@ -359,7 +384,7 @@ def main(config):
             metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]
         run.report(bar, metrics, groups[0])
         if run.signal or step == config.steps or (config.save_every and step % config.save_every == 0):
-            checkpoint()
+            save()
             run.stop_if_asked(bar, step)
 
     # --- after

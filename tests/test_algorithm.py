@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import eval as evaluation
 import grpo_pubmedqa as grpo
 from data import pubmedqa
 
 TRL = json.loads((Path(__file__).parent / "trl_loss.json").read_text())  # made with TRL 1.16, see "source" in the file
+CONFIG = replace(grpo.Config(), model="tiny", data="builtin", prompts_per_step=3, group_size=4, max_completion_length=48, beta=0.05)
 SCRIPTS = sorted(Path(__file__).parents[1].glob("grpo_*.py"))
 
 
@@ -88,7 +90,8 @@ def test_sampler_trainer_and_plain_forward_agree(family, family_folder, temperat
     assert len({tuple(row.tolist()) for row in ids}) > 3  # it does sample
     for i, prompt in enumerate(prompts):
         own = slice(3 * i, 3 * i + 3)
-        logps, entropy = grpo.token_logps(model, torch.tensor(prompt), ids[own], temperature)
+        prompt_ids = torch.tensor(prompt)
+        logps, entropy = grpo.token_logps(model, grpo.prompt_cache(model, prompt_ids), prompt_ids, ids[own], temperature)
         assert torch.allclose(logps[mask[own]], sampled[own][mask[own]], atol=1e-5)
         for row, row_mask, row_logps in zip(ids[own], mask[own], logps):
             expected = plain_logps(model, prompt, row[row_mask].tolist(), temperature)
@@ -109,25 +112,55 @@ def test_sampling_follows_the_model_not_its_generation_config(family_folder):
         assert (counts > 0).sum() > 20
 
 
-def test_gradient_of_the_shared_prompt_is_the_padded_loops(family, family_folder):
-    model, tokenizer = load(family_folder(family))
-    prompt = random_prompts(tokenizer, [21])[0]
-    completions = [ids for ids in random_prompts(tokenizer, [9, 4, 1, 9], seed=3)]
-    ids = torch.tensor([row + [0] * (9 - len(row)) for row in completions])
-    mask = torch.tensor([[1] * len(row) + [0] * (9 - len(row)) for row in completions]).bool()
-    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(2)) * mask
-    (grpo.token_logps(model, torch.tensor(prompt), ids, 0.9)[0] * weights).sum().backward()
-    shared = {name: p.grad.clone() for name, p in model.named_parameters()}
+def padded_loop(model, groups, config):
+    """The loss and gradient of a rollout the plain way: every completion behind its own copy of the prompt."""
     model.zero_grad()
-    sum((plain_logps(model, prompt, row, 0.9) * w[:len(row)]).sum() for row, w in zip(completions, weights)).backward()
-    scale = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    error = torch.stack([(shared[name] - p.grad).norm() for name, p in model.named_parameters()]).norm()
-    assert error < 1e-5 * scale
+    tokens, loss = sum(int(group["completion_mask"].sum()) for group in groups), 0
+    for group in groups:
+        ids, mask = group["completion_ids"], group["completion_mask"]
+        logps = torch.zeros(ids.shape)
+        for i in range(len(ids)):
+            length = int(mask[i].sum())
+            logps[i, :length] = plain_logps(model, group["prompt_ids"].tolist(), ids[i, :length].tolist(), config.temperature)
+        loss = loss + grpo.grpo_loss(
+            logps, logps.detach(), None, group["advantages"], mask, num_sequences=len(groups) * config.group_size, num_tokens=tokens,
+            max_completion_length=9, epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type=config.loss_type, importance_level="token")[0]
+    loss.backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    return loss.item(), flat
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_gradient_of_the_shared_prompt_is_the_padded_loops(family, family_folder, lora):
+    model, tokenizer = load(family_folder(family))
+    if lora:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    config = replace(CONFIG, beta=0.0, loss_type="dapo", temperature=0.9, max_completion_length=9)
+    groups = []
+    for i, (prompt, lengths) in enumerate(zip(random_prompts(tokenizer, PROMPT_LENGTHS), ([9, 4, 1, 9], [3, 3, 3, 3], [1, 9, 2, 5]))):
+        rows = random_prompts(tokenizer, lengths, seed=i)
+        mask = torch.tensor([[True] * len(row) + [False] * (9 - len(row)) for row in rows])
+        groups.append({"prompt_ids": torch.tensor(prompt), "completion_ids": torch.tensor([row + [0] * (9 - len(row)) for row in rows]),
+                       "completion_mask": mask, "sampler_logps": torch.zeros(mask.shape), "zero_std": False,
+                       "advantages": torch.randn(4, generator=torch.Generator().manual_seed(i))})
+    loss, expected = padded_loop(model, groups, config)
+    for size in (0, 1, 3):
+        sums, flat = gradient(model, None, groups, replace(config, completions_per_forward=size))
+        assert sums["loss"] == pytest.approx(loss, abs=1e-6)
+        assert (flat - expected).norm() < 1e-5 * expected.norm()
+    # bf16 autocast: as far from fp32 as the padded loop is under it, give or take
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with autocast:
+        padded = padded_loop(model, groups, config)[1]
+    shared = gradient(model, None, groups, config, compute=torch.bfloat16)[1]
+    own_error = (padded - expected).norm() / expected.norm()
+    assert 1e-4 < own_error < 0.5 and (shared - expected).norm() / expected.norm() < 2 * own_error + 0.01
 
 
 # --- a rollout and its gradient, through the script's own functions ----------------------------------------------------
 
-CONFIG = replace(grpo.Config(), model="tiny", data="builtin", prompts_per_step=3, group_size=4, max_completion_length=48, beta=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +187,12 @@ def set_advantages(groups, config):
         group["advantages"] = own.float()
 
 
-def gradient(model, reference, groups, config, first_epoch=True):
+def gradient(model, reference, groups, config, first_epoch=True, compute=torch.float32):
     """(sums, flat gradient) of a rollout."""
     model.zero_grad()
-    sums = grpo.policy_gradient(model, reference, groups, first_epoch, config, torch.float32, torch.amp.GradScaler("cpu", enabled=False))
-    flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+    sums = grpo.policy_gradient(model, reference, groups, first_epoch, config, compute, torch.amp.GradScaler("cpu", enabled=False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in trained])
     model.zero_grad()
     return sums, flat
 
