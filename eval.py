@@ -17,6 +17,7 @@ import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -525,6 +526,7 @@ class Run:
 
         panel(axes[0], "Reward", "reward per completion", total="reward", **{key.removeprefix("reward_"): key for key in records[0]
                                                                             if key.startswith("reward_") and key != "reward_std"})
+        axes[0].set_ylim(bottom=min(0, axes[0].get_ylim()[0]))
         panel(axes[1], "Accuracy", "share correct", sampled_completions="accuracy")
         points = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
         for name, step in (("eval_before", 0), ("eval_after", steps[-1])):
@@ -567,6 +569,19 @@ def compare(before_records, after_records):
     print(f"{verdict}: {paired['only_after']} of {after['n']} questions newly right, {paired['only_before']} newly wrong, "
           f"McNemar p = {paired['p_value']:.2g}")
     return {"before": before, "after": after, "paired": paired}
+
+
+def rollout_metrics(groups):
+    """What a rollout earned and looked like: means over its completions."""
+    scores = [score for group in groups for score in group["scores"]]
+    lengths = torch.cat([group["lengths"] for group in groups])
+    return {"reward": fmean(s["score"] for s in scores), "reward_correctness": fmean(s["correctness"] for s in scores),
+            "reward_format": fmean(s["format"] for s in scores),
+            "reward_std": fmean(group["rewards"].std().item() for group in groups),
+            "zero_std_groups": sum(group["zero_std"] for group in groups), "accuracy": fmean(s["accuracy"] for s in scores),
+            "completion_length": lengths.float().mean().item(),
+            "truncated": torch.cat([group["truncated"] for group in groups]).float().mean().item(),
+            "num_tokens": int(lengths.sum())}
 
 
 def peak_memory_gb():
@@ -631,6 +646,19 @@ def check_at_least(least, config, *fields):
     for field in fields:
         if not getattr(config, field) >= least:
             raise InputError(f"--{field} {getattr(config, field)}: at least {least} is needed")
+
+
+def check_config(config):
+    """Raises InputError for knobs of a GRPO script that make no sense, before anything is loaded."""
+    check_at_least(1, config, "steps", "prompts_per_step", "max_prompt_length", "max_completion_length", "mu", "eval_size",
+                   "eval_batch_size")
+    check_at_least(0, config, "beta", "epsilon", "epsilon_high", "ref_every", "resample_zero_std", "limit", "warmup",
+                   "importance_cap", "completions_per_forward", "eval_every", "save_every")
+    if config.group_size < 2:
+        raise InputError(f"--group_size {config.group_size}: at least 2 are needed, an advantage compares a group's answers")
+    for field in ("learning_rate", "temperature", "max_grad_norm"):
+        if not 0 < getattr(config, field) < math.inf:
+            raise InputError(f"--{field} {getattr(config, field)}: more than 0 is needed")
 
 
 def check_rows(config, train, heldout, dropped):

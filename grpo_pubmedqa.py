@@ -17,7 +17,6 @@ import copy
 import random
 import time
 from dataclasses import dataclass, replace
-from statistics import fmean as mean
 from typing import Literal
 
 import torch
@@ -28,7 +27,7 @@ from transformers import DynamicCache
 
 import eval as evaluation
 import rewards
-from data import InputError, one_line_errors, pubmedqa
+from data import one_line_errors, pubmedqa
 
 GPU = torch.cuda.is_available()
 
@@ -187,19 +186,6 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_s
 # === end shared =======================================================================================================
 
 
-def check(config):
-    """Raises InputError for knobs that make no sense, before anything is loaded."""
-    evaluation.check_at_least(1, config, "steps", "prompts_per_step", "max_prompt_length", "max_completion_length", "mu",
-                              "eval_size", "eval_batch_size")
-    evaluation.check_at_least(0, config, "beta", "epsilon", "epsilon_high", "ref_every", "resample_zero_std", "limit", "warmup",
-                              "importance_cap", "completions_per_forward", "eval_every", "save_every")
-    if config.group_size < 2:
-        raise InputError(f"--group_size {config.group_size}: at least 2 are needed, an advantage compares a group's answers")
-    for field in ("learning_rate", "temperature", "max_grad_norm"):
-        if not getattr(config, field) > 0:
-            raise InputError(f"--{field} {getattr(config, field)}: more than 0 is needed")
-
-
 def question_stream(rows, seed, position):
     """Endless rows, shuffled anew each epoch. The order hangs on the seed alone: a resumed run goes on where it stood."""
     while True:
@@ -287,7 +273,7 @@ def policy_gradient(model, reference, groups, first_epoch, config, compute, scal
 
 
 def main(config):
-    check(config)
+    evaluation.check_config(config)
     run = evaluation.Run("grpo_pubmedqa", config)
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
@@ -366,19 +352,12 @@ def main(config):
                 scaler.update()
                 optimizer.zero_grad()
 
-        # metrics: means over the step
+        # metrics: means over the step's completions (and, of what the loss saw, over its tokens)
         sums = {key: sum(epoch[key] for epoch in epochs) for key in epochs[0]}
-        scores = [s for group in groups for s in group["scores"]]
         metrics = {
-            "step": step, "reward": mean(s["score"] for s in scores), "reward_correctness": mean(s["correctness"] for s in scores),
-            "reward_format": mean(s["format"] for s in scores), "reward_std": rewards.std(dim=1).mean().item(),
-            "zero_std_groups": sum(group["zero_std"] for group in groups), "extra_batches": extra_batches,
-            "accuracy": mean(s["accuracy"] for s in scores), "loss": sums.pop("loss") / config.mu,
+            "step": step, **evaluation.rollout_metrics(groups), "extra_batches": extra_batches, "loss": sums.pop("loss") / config.mu,
             **{key: sums[key] / max(1, sums["tokens"]) for key in ("kl", "clip_fraction", "entropy", "sampler_gap")},
-            "completion_length": mean(n for group in groups for n in group["lengths"].tolist()),
-            "truncated": mean(float(t) for group in groups for t in group["truncated"].tolist()),
-            "grad_norm": grad_norms[-1], "learning_rate": rate,
-            "num_tokens": sum(int(group["lengths"].sum()) for group in groups), "generate_seconds": generate_seconds,
+            "grad_norm": grad_norms[-1], "learning_rate": rate, "generate_seconds": generate_seconds,
             "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]
