@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -101,8 +102,9 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
         raise InputError(hub_message(f"model {name}", error, "--model tiny, or --model PATH to a local folder")) from error
     capped = [key for key in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
               if getattr(model.config.get_text_config(), key, None) not in (None, 1.0)]
+    capped += ["a bias of the output layer"] if getattr(model.get_output_embeddings(), "bias", None) is not None else []
     if capped:
-        raise InputError(f"model {name}: {capped[0]} in its config.json is not supported here (Gemma 2, Granite and Cohere use it)")
+        raise InputError(f"model {name}: {capped[0]} is not supported here (Gemma 2, Granite, Cohere and Phi-2 have such)")
     if not load_in_4bit:
         model.to(device)
     model.eval()
@@ -196,12 +198,14 @@ class SharedPromptCache(DynamicCache):
 
     def by_prompt(self, x):
         """[N, KV heads, r, d], a row a completion, to [P, KV heads, n * r, d]: the completions of a prompt side by side."""
-        spread = x.new_zeros(self.prompts * self.width, *x.shape[1:]).index_copy_(0, self.slots, x)
-        return spread.view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+        if len(x) < self.prompts * self.width:  # some have left: their places stay empty
+            x = x.new_zeros(self.prompts * self.width, *x.shape[1:]).index_copy_(0, self.slots, x)
+        return x.view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
     def by_row(self, x):
         """The way back."""
-        return x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
+        x = x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
+        return x if len(x) == len(self.slots) else x[self.slots]
 
 
 def shared_prompt_attention(module, query, key, value, attention_mask, scaling, shared, sliding_window=None, **_):
@@ -227,33 +231,39 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
 ALL_ATTENTION_FUNCTIONS.register("shared_prompt", shared_prompt_attention)
 
 
-@torch.no_grad()
+@contextmanager
+def attention(model, name):
+    """Within it the model uses another attention function."""
+    config = model.config.get_text_config()
+    usual, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
 def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None):
     """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own distribution.
 
     prompt_ids: P lists of token ids, of any lengths. Nothing of the model's generation_config plays in: no top-k, top-p
-    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token. A prompt is computed and
-    its keys and values are kept once for its n completions.
+    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token. A prompt is computed, and
+    its keys and values are kept, once for its n completions.
     Returns completion_ids, completion_mask (bool) and logps (fp32, nats, at `temperature`; 0 in padding), each
     [P * n, T], the n completions of a prompt in consecutive rows.
     """
-    device, width = model.device, max(len(ids) for ids in prompt_ids)
-    input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    prompt = DynamicCache()
-    logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt, logits_to_keep=1).logits
-    cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
-    logits, position_ids = logits.repeat_interleave(n, 0), position_ids[:, -1:].repeat_interleave(n, 0)
-
-    rows, stops = len(logits), torch.tensor(stop_ids, device=device)
+    device, width, rows = model.device, max(len(ids) for ids in prompt_ids), len(prompt_ids) * n
     completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     completion_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
-    active = torch.arange(rows, device=device)  # rows of the result that are still being written
-    config = model.config.get_text_config()
-    usual, config._attn_implementation = config._attn_implementation, "shared_prompt"
-    try:
+    with torch.inference_mode():
+        input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        prompt = DynamicCache()
+        logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt, logits_to_keep=1).logits
+        cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
+        logits, position_ids = logits.repeat_interleave(n, dim=0), position_ids[:, -1:].repeat_interleave(n, dim=0)
+        active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)  # active: rows being written
         for t in range(max_new_tokens):
             logits = logits[:, -1].float()
             if temperature not in (0, 1):
@@ -270,16 +280,15 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
             completion_mask[active, t] = True
             logps[active, t] = (logits.gather(1, token) - peak - total.log())[:, 0]
             going = ~torch.isin(token[:, 0], stops)
-            if not going.any() or t == max_new_tokens - 1:
+            if t == max_new_tokens - 1 or not going.any():
                 break
             if not going.all():  # finished rows leave the batch
                 keep = going.nonzero()[:, 0]
                 active, token, position_ids = active[keep], token[keep], position_ids[keep]
                 cache.keep(keep)
             position_ids, cache.tokens = position_ids + 1, t + 1
-            logits = model(token, position_ids=position_ids, past_key_values=cache, shared=cache).logits
-    finally:
-        config._attn_implementation = usual
+            with attention(model, "shared_prompt"):
+                logits = model(token, position_ids=position_ids, past_key_values=cache, shared=cache).logits
     return completion_ids[:, :t + 1], completion_mask[:, :t + 1], logps[:, :t + 1]
 
 

@@ -21,7 +21,6 @@ from typing import Literal
 
 import torch
 import tyro
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -102,7 +101,7 @@ def score(text, row, config):
 # === shared: algorithm ================================================================================================
 # Pure functions, the same to the letter in the three scripts. P prompts, G completions of each, T tokens at most.
 
-TOKENS_AT_ONCE = 128  # tokens whose logits over the vocabulary are held at a time
+VOCABULARY_AT_ONCE = 4096  # vocabulary entries whose logits are held at a time
 
 
 def group_advantages(rewards, scale_rewards):
@@ -127,6 +126,58 @@ def prompt_cache(model, prompt_ids):
     return [x for keys, values, _ in cache for x in (keys, values)]
 
 
+class ChosenLogps(torch.autograd.Function):
+    """Log-probabilities of chosen tokens and entropies, both [M], from hidden states [M, h] and the output layer [vocabulary, h].
+
+    Logits exist for VOCABULARY_AT_ONCE entries at a time; sums over the vocabulary are carried along as in flash attention, and
+    backward computes the logits again. d logp / d logits = onehot - softmax; the onehot part needs no logits at all.
+    """
+
+    @staticmethod
+    def logits(hidden, weight, temperature, room):  # [M, some of the vocabulary], fp32
+        if weight.dtype != room.dtype:
+            logits = (hidden @ weight.T).float()
+        else:
+            logits = torch.mm(hidden, weight.T, out=room[:, :len(weight)])  # large new tensors are slow on CPU
+        return logits if temperature == 1 else logits.div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature):
+        room, more_room = (torch.empty(len(hidden), min(len(weight), VOCABULARY_AT_ONCE), device=hidden.device) for _ in range(2))
+        peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
+        total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)  # sums of exp(logit - peak), and of that times logit
+        for some in weight.split(VOCABULARY_AT_ONCE):
+            logits = ChosenLogps.logits(hidden, some, temperature, room)
+            old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1, keepdim=True))
+            exp = torch.sub(logits, peak, out=more_room[:, :len(some)]).exp_()
+            total = total * (old_peak - peak).exp() + exp.sum(dim=1, keepdim=True)
+            weighted = weighted * (old_peak - peak).exp() + (exp[:, None] @ logits[:, :, None])[:, 0]
+        normalizer = peak + total.log()
+        chosen = (hidden.float() * weight[tokens].float()).sum(dim=1) / temperature
+        entropy = (normalizer - weighted / total)[:, 0]
+        ctx.save_for_backward(hidden, weight, tokens, normalizer)
+        ctx.temperature, ctx.room = temperature, room
+        ctx.mark_non_differentiable(entropy)
+        return chosen - normalizer[:, 0], entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, _):
+        hidden, weight, tokens, normalizer = ctx.saved_tensors
+        grad = (grad_logps / ctx.temperature)[:, None]
+        grad_hidden = grad * weight[tokens]
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # not under LoRA
+        for start in range(0, len(weight), VOCABULARY_AT_ONCE):
+            some = weight[start:start + VOCABULARY_AT_ONCE]
+            softmax = ChosenLogps.logits(hidden, some, ctx.temperature, ctx.room).sub_(normalizer).exp_()
+            grad_logits = softmax.mul_(-grad).to(weight.dtype)
+            grad_hidden += grad_logits @ some
+            if grad_weight is not None:
+                torch.mm(grad_logits.T, hidden, out=grad_weight[start:start + VOCABULARY_AT_ONCE])
+        if grad_weight is not None:
+            grad_weight.index_add_(0, tokens, (grad * hidden).to(weight.dtype))
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
 def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
     """Log-probabilities of completions of one prompt, token by token, and the entropy of each choice.
 
@@ -137,18 +188,11 @@ def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
     group = [x.expand(len(completion_ids), -1, -1, -1) for x in prompt]
     inputs = torch.cat([prompt_ids[-1:].expand(len(completion_ids), 1), completion_ids[:, :-1]], dim=1)
     hidden = model.get_decoder()(inputs, past_key_values=DynamicCache(zip(group[::2], group[1::2])), use_cache=True)[0]
-
-    def project(hidden, targets):  # onto the vocabulary, a few tokens at a time; recomputed in backward, so never all at once
-        logits = model.get_output_embeddings()(hidden).float() / temperature
-        distribution = logits.log_softmax(dim=-1)
-        with torch.no_grad():
-            entropy = -(distribution.exp() * distribution).sum(dim=-1)
-        return distribution.gather(1, targets[:, None])[:, 0], entropy
-
-    parts = [checkpoint(project, *part, use_reentrant=False, preserve_rng_state=False)
-             for part in zip(hidden.flatten(0, 1).split(TOKENS_AT_ONCE), completion_ids.flatten().split(TOKENS_AT_ONCE))]
-    logps, entropy = (torch.cat(pieces).view_as(completion_ids) for pieces in zip(*parts))
-    return logps, entropy
+    weight = model.get_output_embeddings().weight
+    if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into ChosenLogps
+        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
+    logps, entropy = ChosenLogps.apply(hidden.flatten(0, 1), weight, completion_ids.flatten(), temperature)
+    return logps.view_as(completion_ids), entropy.view_as(completion_ids)
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens, max_completion_length,
@@ -289,7 +333,7 @@ def main(config):
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
     generator = torch.Generator(model.device).manual_seed(config.seed)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}

@@ -75,11 +75,8 @@ class Bench:
         return model
 
     def reference(self, model):
-        """A frozen copy; for LoRA the base without its adapter, which is TRL's reference too."""
-        base = model.get_base_model() if self.s["lora"] else model
-        return Qwen2ForCausalLM.from_pretrained(None, config=self.config, state_dict={k.replace(".base_layer", ""): v for k, v in
-                                                base.state_dict().items() if "lora_" not in k}).eval().requires_grad_(False) \
-            if self.s["lora"] else copy.deepcopy(base).requires_grad_(False)
+        """A frozen copy; for LoRA the base without its adapter (same seed), which is TRL's reference too."""
+        return Bench({**self.s, "lora": False}).model().requires_grad_(False) if self.s["lora"] else copy.deepcopy(model).requires_grad_(False)
 
     def force_lengths(self, model):
         """A switch {"on": bool}: while on, the output layer ends row i at its length and never before."""
@@ -110,7 +107,7 @@ def our_step(bench):
     """A function that makes one step and returns (sampling seconds, update seconds)."""
     model, s = bench.model(), bench.s
     reference, force = bench.reference(model), bench.force_lengths(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     config = replace(grpo.Config(), beta=BETA, mu=MU, group_size=s["G"], max_completion_length=s["completion"][1])
     scaler, generator = torch.amp.GradScaler("cpu", enabled=False), torch.Generator().manual_seed(0)
 
@@ -144,7 +141,7 @@ def padded_step(bench):
     """The same step by a plain loop that pads [P * G, prompt + completion]."""
     model, s = bench.model(), bench.s
     reference, force = bench.reference(model), bench.force_lengths(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     width = max(map(len, bench.prompts))
     prompts = torch.tensor([[0] * (width - len(p)) + p for p in bench.prompts]).repeat_interleave(s["G"], 0)
     prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in bench.prompts]).repeat_interleave(s["G"], 0)
@@ -198,6 +195,10 @@ def trl_steps(bench, between, rounds):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
     model = bench.model()
+    base = model.get_base_model() if s["lora"] else model
+    if not s["lora"]:  # TRL loads its reference from the model's folder
+        base.save_pretrained(folder)
+        base.config._name_or_path = folder
     force, generate, clock = bench.force_lengths(model), model.generate, {}
     times, seconds = [], {"sampling": 0.0}
     model.warnings_issued = {}
