@@ -82,7 +82,8 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
         adapter, source = source, json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         if not source:
             raise InputError(f"{name}/adapter_config.json names no base model (base_model_name_or_path)")
-    options = {"dtype": torch.float32 if fp32_weights else compute, "attn_implementation": attn_implementation, "use_safetensors": True}
+    options = {"dtype": torch.float32 if fp32_weights else compute, "attn_implementation": attn_implementation,
+               "use_safetensors": True}
     if load_in_4bit:
         try:
             import bitsandbytes  # noqa: F401  (optional; transformers uses it)
@@ -115,8 +116,8 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from positions, never from token values
     parameters = sum(p.numel() for p in model.parameters())
     weights = "4-bit" if load_in_4bit else str(options["dtype"]).removeprefix("torch.")
-    print(f"model: {name}, {parameters / 1e6:,.1f}M parameters, {weights} weights, computing in {str(compute).removeprefix('torch.')} on "
-          + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"))
+    print(f"model: {name}, {parameters / 1e6:,.1f}M parameters, {weights} weights, computing in "
+          f"{str(compute).removeprefix('torch.')} on " + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"))
     return model, tokenizer, compute
 
 
@@ -161,7 +162,8 @@ def stop_ids(model, tokenizer):
     """
     eos = model.generation_config.eos_token_id
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+    turn = tokenizer.apply_chat_template(messages, tokenize=False)
     after = tokenizer(turn.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids[:1]
     return sorted((ids | {i for i in after if i in tokenizer.added_tokens_decoder}) - {None})
 
@@ -181,7 +183,8 @@ class SharedPromptCache(DynamicCache):
         self.prompt, self.prompts, self.width, self.room = prompt, len(prompt_mask), n, room
         self.bias = None if prompt_mask.all() else torch.zeros_like(prompt_mask, dtype=torch.float32).masked_fill(
             prompt_mask == 0, -torch.inf)[:, None, None]  # added to the scores: [P, 1, 1, S]
-        self.own = [[keys.new_empty(len(prompt_mask) * n, keys.shape[1], room, keys.shape[3]) for _ in "kv"] for keys, _ in prompt]
+        rows = len(prompt_mask) * n
+        self.own = [[x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in pair] for pair in prompt]
         self.slots = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)  # place of each row: prompt * n + i
         self.tokens = 0  # of each completion, the one that is being computed included
 
@@ -220,11 +223,11 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
         prompt_keys, prompt_values = prompt_keys[:, :, drop:], prompt_values[:, :, drop:]
         bias = bias if bias is None else bias[..., drop:]
     query = query.view(len(query), key.shape[1], -1, query.shape[3]) * scaling  # [N, KV heads, query heads of each, d]
-    on_prompt = shared.by_prompt(query) @ prompt_keys.mT
-    on_prompt = shared.by_row(on_prompt if bias is None else on_prompt + bias.to(on_prompt.dtype))
-    weights = torch.cat([on_prompt, query @ key.mT], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    on_prompt, own = shared.by_prompt(query) @ prompt_keys.mT, shared.by_prompt(query @ key.mT)
+    scores = torch.cat([on_prompt if bias is None else on_prompt + bias.to(on_prompt.dtype), own], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     on_prompt, own = weights.split([prompt_keys.shape[2], key.shape[2]], dim=-1)
-    output = shared.by_row(shared.by_prompt(on_prompt) @ prompt_values) + own @ value
+    output = shared.by_row(on_prompt @ prompt_values) + shared.by_row(own) @ value
     return output.flatten(1, 2)[:, None], None  # [N, 1, heads, d]
 
 
@@ -260,7 +263,8 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         prompt = DynamicCache()
-        logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt, logits_to_keep=1).logits
+        logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt,
+                       logits_to_keep=1).logits
         cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
         logits, position_ids = logits.repeat_interleave(n, dim=0), position_ids[:, -1:].repeat_interleave(n, dim=0)
         active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)  # active: rows being written
@@ -294,7 +298,77 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
 
 def decode(tokenizer, completion_ids, completion_mask):
     """Text of each completion: generated tokens only, special tokens left out."""
-    return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu())]
+    return [tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu())]
+
+
+# === log-probabilities ================================================================================================
+
+
+BLOCK = 4096  # entries of the vocabulary whose logits are held at a time
+
+
+class ChosenLogps(torch.autograd.Function):
+    """Log-probabilities of tokens and entropies, both [M], from hidden [M, h] and the output layer's weight [vocabulary, h].
+
+    Logits exist for BLOCK entries of the vocabulary at a time: sums over it are carried along as in flash attention,
+    and backward computes the logits again. d logp / d logits = onehot - softmax.
+    """
+
+    @staticmethod
+    def logits(hidden, weight, temperature, room):  # [M, some of the vocabulary], fp32
+        if weight.dtype != room.dtype:
+            logits = (hidden @ weight.T).float()
+        else:
+            logits = torch.mm(hidden, weight.T, out=room[:, :len(weight)])  # large new tensors are slow on CPU
+        return logits if temperature == 1 else logits.div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature):
+        width = min(len(weight), BLOCK)
+        room, more_room = (torch.empty(len(hidden), width, device=hidden.device) for _ in range(2))
+        peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
+        total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)  # sums of e = exp(logit - peak), and e * logit
+        for some in weight.split(BLOCK):
+            logits = ChosenLogps.logits(hidden, some, temperature, room)
+            old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1, keepdim=True))
+            exp = torch.sub(logits, peak, out=more_room[:, :len(some)]).exp_()
+            total = total * (old_peak - peak).exp() + exp.sum(dim=1, keepdim=True)
+            weighted = weighted * (old_peak - peak).exp() + (exp[:, None] @ logits[:, :, None])[:, 0]
+        normalizer = peak + total.log()
+        chosen = (hidden.float() * weight[tokens].float()).sum(dim=1) / temperature
+        entropy = (normalizer - weighted / total)[:, 0]
+        ctx.save_for_backward(hidden, weight, tokens, normalizer)
+        ctx.temperature, ctx.room = temperature, room
+        ctx.mark_non_differentiable(entropy)
+        return chosen - normalizer[:, 0], entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, _):
+        hidden, weight, tokens, normalizer = ctx.saved_tensors
+        grad = (grad_logps / ctx.temperature)[:, None]
+        grad_hidden = grad * weight[tokens]
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # not under LoRA
+        for start in range(0, len(weight), BLOCK):
+            some = weight[start:start + BLOCK]
+            softmax = ChosenLogps.logits(hidden, some, ctx.temperature, ctx.room).sub_(normalizer).exp_()
+            grad_logits = softmax.mul_(-grad).to(weight.dtype)
+            grad_hidden += grad_logits @ some
+            if grad_weight is not None:
+                torch.mm(grad_logits.T, hidden, out=grad_weight[start:start + BLOCK])
+        if grad_weight is not None:
+            grad_weight.index_add_(0, tokens, (grad * hidden).to(weight.dtype))
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def chosen_logps(model, hidden, tokens, temperature):
+    """Log-probabilities [M] that the model's output layer gives to `tokens` [M] after the hidden states [M, h], with the
+    entropies [M] of the distributions; fp32, nats. Differentiable in both; no [M, vocabulary] tensor is made.
+    """
+    weight = model.get_output_embeddings().weight
+    if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into ChosenLogps
+        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
+    return ChosenLogps.apply(hidden, weight, tokens, temperature)
 
 
 # === evaluation =======================================================================================================
@@ -328,7 +402,8 @@ def macro_f1(truths, answers):
     return sum(scores) / len(scores)
 
 
-def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0, title="eval"):
+def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0,
+             title="eval"):
     """Answers every row greedily, and `samples` times at `temperature` for pass@1, and scores the answers strictly.
 
     rows: [(row, prompt_ids)] as encode_rows gives them. Returns a record an example, in the order of `rows`: id,
@@ -381,8 +456,8 @@ def describe(summary):
     """One line of an evaluation for the console."""
     low, high = summary["accuracy_ci95"]
     sampled = f", pass@1 {summary['pass_at_1']:.3f} over {summary['samples']}" if "samples" in summary else ""
-    return (f"accuracy {summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} (majority {summary['majority_accuracy']:.3f})"
-            f"{sampled}, macro-F1 {summary['macro_f1']:.3f}, format {summary['format_rate']:.3f}, "
+    return (f"accuracy {summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} (majority "
+            f"{summary['majority_accuracy']:.3f}){sampled}, macro-F1 {summary['macro_f1']:.3f}, format {summary['format_rate']:.3f}, "
             f"{summary['mean_length']:.0f} tokens, answers {summary['answers']}")
 
 
@@ -405,12 +480,13 @@ class Run:
             raise InputError(f"--out {self.folder} is a file, a folder is needed")
         if known.exists():
             if not config.resume:
-                raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or choose another folder")
+                raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take another folder")
             before = json.loads(known.read_text())
-            changed = [key for key, value in asdict(config).items() if key not in MAY_CHANGE and before.get(key, value) != value]
+            changed = [f"--{key} ({before[key]!r} at launch)" for key, value in asdict(config).items()
+                       if key not in MAY_CHANGE and before.get(key, value) != value]
             if changed:
-                raise InputError(f"--resume with another value of {', '.join(f'--{key} ({before[key]!r} at launch)' for key in changed)}: "
-                                 "that would be another run; give the values of the launch")
+                raise InputError(f"--resume with another value of {', '.join(changed)} would be another run: give the values "
+                                 "of the launch")
             self.finished = (self.folder / "summary.json").exists()
         self.config = asdict(config)
         self.schedule_steps = before["steps"] if known.exists() else config.steps  # of the learning rate: fixed at launch
@@ -430,8 +506,8 @@ class Run:
             identity = self.folder / "wandb_id"
             if not identity.exists():
                 identity.write_text(uuid.uuid4().hex[:8])
-            self.wandb = wandb.init(project=self.config["wandb_project"], mode=self.config["wandb"], dir=str(self.folder), config=self.config,
-                                    name=self.folder.name, id=identity.read_text(), resume="allow")
+            self.wandb = wandb.init(project=self.config["wandb_project"], mode=self.config["wandb"], dir=str(self.folder),
+                                    config=self.config, name=self.folder.name, id=identity.read_text(), resume="allow")
 
     def _stop(self, number, frame):
         self.signal = number
@@ -479,7 +555,7 @@ class Run:
         return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def save_checkpoint(self, state):
-        """Replaces checkpoint/ by `state` (a dict of tensors, numbers and such); the old one stays until the new one is whole."""
+        """Replaces checkpoint/ by `state` (a dict of tensors and numbers); the old one stays until the new one is whole."""
         new, current, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
@@ -533,8 +609,8 @@ class Run:
             axis.set_ylabel(unit)
             axis.grid(alpha=0.3)
 
-        panel(axes[0], "Reward", "reward per completion", total="reward", **{key.removeprefix("reward_"): key for key in records[0]
-                                                                            if key.startswith("reward_") and key != "reward_std"})
+        parts = {key.removeprefix("reward_"): key for key in records[0] if key.startswith("reward_") and key != "reward_std"}
+        panel(axes[0], "Reward", "reward per completion", total="reward", **parts)
         axes[0].set_ylim(bottom=min(0, axes[0].get_ylim()[0]))
         panel(axes[1], "Accuracy", "share correct", sampled_completions="accuracy")
         points = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
@@ -547,7 +623,8 @@ class Run:
         panel(axes[2], "KL to the reference", "nats per token", KL="kl")
         panel(axes[3], "Entropy", "nats per token", policy="entropy")
         panel(axes[4], "Completion length", "tokens", mean="completion_length")
-        panel(axes[5], "Shares", "share", clipped_tokens="clip_fraction", truncated="truncated", groups_without_variance="zero_std_share")
+        panel(axes[5], "Shares", "share", clipped_tokens="clip_fraction", truncated="truncated",
+              groups_without_variance="zero_std_share")
         for axis in axes:
             axis.legend(fontsize=9)
         figure.savefig(self.folder / "curves.png", dpi=80)
@@ -683,19 +760,28 @@ def check_rows(config, train, heldout, dropped):
 def main(config):
     check_at_least(1, config, "max_prompt_length", "max_completion_length", "eval_batch_size")
     check_at_least(0, config, "eval_size", "limit", "samples")
+    folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if (folder / "summary.json").exists():
+        raise InputError(f"--out {folder} holds another result (summary.json): take another folder")
     train, heldout, dropped = TASKS[config.task].load_rows(
         config.data, config.maybe, config.question_field, config.context_field, config.answer_field,
         read_system_prompt(config.system_prompt), config.limit)
     rows = {"heldout": heldout, "train": train, "all": train + heldout}[config.split]
     if len(rows) < max(1, config.eval_size):
-        raise InputError(f"--data {config.data} has {len(rows)} rows on the {config.split} side, {max(1, config.eval_size)} needed (--split all takes every row)")
-    print(f"data: {config.data}, {len(rows)} rows ({config.split})" + "".join(f"; dropped {count}: {reason}" for reason, count in dropped.items()))
-    model, tokenizer, compute = load_model(config.model, config.dtype, attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
+        raise InputError(f"--data {config.data} has {len(rows)} rows on the {config.split} side, {max(1, config.eval_size)} "
+                         "needed (--split all takes every row)")
+    print(f"data: {config.data}, {len(rows)} rows ({config.split})"
+          + "".join(f"; dropped {count}: {reason}" for reason, count in dropped.items()))
+    model, tokenizer, compute = load_model(config.model, config.dtype, attn_implementation=config.attn_implementation,
+                                           load_in_4bit=config.load_in_4bit)
     rows = encode_rows(tokenizer, rows[:config.eval_size or None], config.max_prompt_length, config.split)
-    folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written ({error.strerror})") from None
     records = evaluate(model, tokenizer, rows, compute, max_completion_length=config.max_completion_length,
-                       batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature, seed=config.seed)
+                       batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature,
+                       seed=config.seed)
     summary = summarize(records)
     (folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps({**summary, "config": asdict(config), "versions": versions()}, indent=1) + "\n")

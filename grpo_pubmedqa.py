@@ -1,17 +1,17 @@
 """GRPO on PubMedQA in one file: a language model learns to answer yes/no from an abstract, by trial and reward.
 
-    python grpo_pubmedqa.py                        GPU: Qwen2.5-0.5B-Instruct on the hub's PubMedQA, all weights trained
-                                                   no GPU: the built-in 1.4M model on built-in questions, about 3 minutes
-    python grpo_pubmedqa.py --data PATH            your own file: a JSON list of {question, context, ground_truth}
+    python grpo_pubmedqa.py                GPU: all weights of Qwen2.5-0.5B-Instruct, trained on the hub's PubMedQA
+                                           no GPU: the built-in 1.3M model on built-in questions, about 2 minutes
+    python grpo_pubmedqa.py --data PATH    your own file: a JSON list of {question, context, ground_truth}
     python grpo_pubmedqa.py --completions_per_forward 4    less memory in the update, the same gradient
-    python grpo_pubmedqa.py --help                 every knob
+    python grpo_pubmedqa.py --help         every knob
 
-The method (Shao et al. 2024, arXiv:2402.03300): sample a group of completions of each prompt; an answer's advantage is its
-reward, normalised within its group; push up the log-probabilities of the better ones, clipped as in PPO, and stay
-close to a reference model, here a frozen copy of the policy that is renewed every `ref_every` steps.
+The method (Shao et al. 2024, arXiv:2402.03300): sample a group of completions of each prompt; an answer's advantage
+is its reward, normalised within its group; push up the log-probabilities of the better ones, clipped as in PPO, and
+stay close to a reference model, here a frozen copy of the policy that is renewed every `ref_every` steps.
 
-Look at the reward and the held-out accuracy, not at the loss: the advantages of a group sum to zero, so the loss of the first
-epoch stands near 0 however well training goes. What this file leaves out: several GPUs, an inference engine.
+Look at the reward and the held-out accuracy, not at the loss: the advantages of a group sum to zero, so the loss of
+the first epoch stands near 0 however well training goes. What this file leaves out: several GPUs, an inference engine.
 """
 import copy
 import random
@@ -64,7 +64,7 @@ class Config:
     ref_every: int = 64  # steps after which the reference becomes a copy of the policy (0 = never)
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float = 0.2  # ... and above 1 + epsilon_high; larger than epsilon: clip-higher (DAPO)
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # mean of a sequence's tokens / of all tokens / of a constant
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # mean over a sequence / all tokens / a constant
     importance_level: Literal["token", "sequence"] = "token"  # a ratio a token, or one a sequence (GSPO)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
     mask_truncated: bool = False  # leave truncated completions out of the loss and of its denominators
@@ -101,13 +101,11 @@ def score(text, row, config):
 # === shared: algorithm ================================================================================================
 # Pure functions, the same to the letter in the three scripts. P prompts, G completions of each, T tokens at most.
 
-VOCABULARY_AT_ONCE = 4096  # vocabulary entries whose logits are held at a time
-
 
 def group_advantages(rewards, scale_rewards):
     """Advantages [P, G] of rewards [P, G]: how much better than its group each completion did.
 
-    Divided by the standard deviation (n - 1) of the group, of the whole batch, or by nothing (Dr. GRPO, arXiv:2503.20783).
+    Divided by the standard deviation (n - 1) of the group, of the batch, or by nothing (Dr. GRPO, arXiv:2503.20783).
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if scale_rewards == "none":
@@ -117,91 +115,36 @@ def group_advantages(rewards, scale_rewards):
 
 
 def prompt_cache(model, prompt_ids):
-    """Keys and values of a prompt ([S] ids), of every token but the last: a flat list of [1, KV heads, S - 1, d]; differentiable.
+    """Keys and values of a prompt, [S] ids, of all tokens but the last: a flat list of [1, KV heads, S - 1, d].
 
-    The G completions of a group share their prompt, so it is computed once for all of them, here.
+    The G completions of a group share their prompt, so it is computed once for all of them, here. Differentiable.
     """
     cache = DynamicCache()
     model.get_decoder()(prompt_ids[None, :-1], past_key_values=cache, use_cache=True)
     return [x for keys, values, _ in cache for x in (keys, values)]
 
 
-class ChosenLogps(torch.autograd.Function):
-    """Log-probabilities of chosen tokens and entropies, both [M], from hidden states [M, h] and the output layer [vocabulary, h].
-
-    Logits exist for VOCABULARY_AT_ONCE entries at a time; sums over the vocabulary are carried along as in flash attention, and
-    backward computes the logits again. d logp / d logits = onehot - softmax; the onehot part needs no logits at all.
-    """
-
-    @staticmethod
-    def logits(hidden, weight, temperature, room):  # [M, some of the vocabulary], fp32
-        if weight.dtype != room.dtype:
-            logits = (hidden @ weight.T).float()
-        else:
-            logits = torch.mm(hidden, weight.T, out=room[:, :len(weight)])  # large new tensors are slow on CPU
-        return logits if temperature == 1 else logits.div_(temperature)
-
-    @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature):
-        room, more_room = (torch.empty(len(hidden), min(len(weight), VOCABULARY_AT_ONCE), device=hidden.device) for _ in range(2))
-        peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
-        total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)  # sums of exp(logit - peak), and of that times logit
-        for some in weight.split(VOCABULARY_AT_ONCE):
-            logits = ChosenLogps.logits(hidden, some, temperature, room)
-            old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1, keepdim=True))
-            exp = torch.sub(logits, peak, out=more_room[:, :len(some)]).exp_()
-            total = total * (old_peak - peak).exp() + exp.sum(dim=1, keepdim=True)
-            weighted = weighted * (old_peak - peak).exp() + (exp[:, None] @ logits[:, :, None])[:, 0]
-        normalizer = peak + total.log()
-        chosen = (hidden.float() * weight[tokens].float()).sum(dim=1) / temperature
-        entropy = (normalizer - weighted / total)[:, 0]
-        ctx.save_for_backward(hidden, weight, tokens, normalizer)
-        ctx.temperature, ctx.room = temperature, room
-        ctx.mark_non_differentiable(entropy)
-        return chosen - normalizer[:, 0], entropy
-
-    @staticmethod
-    def backward(ctx, grad_logps, _):
-        hidden, weight, tokens, normalizer = ctx.saved_tensors
-        grad = (grad_logps / ctx.temperature)[:, None]
-        grad_hidden = grad * weight[tokens]
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # not under LoRA
-        for start in range(0, len(weight), VOCABULARY_AT_ONCE):
-            some = weight[start:start + VOCABULARY_AT_ONCE]
-            softmax = ChosenLogps.logits(hidden, some, ctx.temperature, ctx.room).sub_(normalizer).exp_()
-            grad_logits = softmax.mul_(-grad).to(weight.dtype)
-            grad_hidden += grad_logits @ some
-            if grad_weight is not None:
-                torch.mm(grad_logits.T, hidden, out=grad_weight[start:start + VOCABULARY_AT_ONCE])
-        if grad_weight is not None:
-            grad_weight.index_add_(0, tokens, (grad * hidden).to(weight.dtype))
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
-
-
 def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
     """Log-probabilities of completions of one prompt, token by token, and the entropy of each choice.
 
-    prompt: prompt_cache(model, prompt_ids); completion_ids [G, T], padded on the right. Returns logps and entropy, both [G, T],
-    fp32, in nats; logps is differentiable in the model and in `prompt`. No mask is needed: under causal attention padding comes
-    after everything that counts, and its own values are masked in the loss.
+    prompt: prompt_cache(model, prompt_ids); completion_ids [G, T], padded on the right. Returns logps and entropy, both
+    [G, T], fp32, in nats; logps is differentiable in the model and in `prompt`. No mask is needed: under causal
+    attention padding comes after everything that counts, and its own values are masked in the loss.
     """
     group = [x.expand(len(completion_ids), -1, -1, -1) for x in prompt]
     inputs = torch.cat([prompt_ids[-1:].expand(len(completion_ids), 1), completion_ids[:, :-1]], dim=1)
     hidden = model.get_decoder()(inputs, past_key_values=DynamicCache(zip(group[::2], group[1::2])), use_cache=True)[0]
-    weight = model.get_output_embeddings().weight
-    if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into ChosenLogps
-        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
-    logps, entropy = ChosenLogps.apply(hidden.flatten(0, 1), weight, completion_ids.flatten(), temperature)
+    logps, entropy = evaluation.chosen_logps(model, hidden.flatten(0, 1), completion_ids.flatten(), temperature)
     return logps.view_as(completion_ids), entropy.view_as(completion_ids)
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens, max_completion_length,
-              epsilon, epsilon_high, beta, loss_type, importance_level, weights=None):
+def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens,
+              max_completion_length, epsilon, epsilon_high, beta, loss_type, importance_level, weights=None):
     """GRPO loss of some completions of a rollout, and sums over their tokens of what one wants to watch.
 
     logps, old_logps, ref_logps (None where beta = 0), completion_mask, weights (importance weights, or None): [G, T];
-    advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of the whole rollout, so the
-    losses of its parts add up to its loss, however it is cut. Returns (loss, {"kl": ..., "clip_fraction": ...}).
+    advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of the whole
+    rollout, so the losses of its parts add up to its loss, however it is cut. Returns (loss, sums of kl, clip_fraction).
     """
     mask, advantages = completion_mask.float(), advantages[:, None]
     log_ratio = logps - old_logps
@@ -231,7 +174,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_s
 
 
 def question_stream(rows, seed, position):
-    """Endless rows, shuffled anew each epoch. The order hangs on the seed alone: a resumed run goes on where it stood."""
+    """Endless rows, shuffled anew each epoch. The order hangs on the seed alone, so a resumed run goes on."""
     while True:
         epoch, start = divmod(position, len(rows))
         for index in random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))[start:]:
@@ -266,18 +209,19 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
             "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "completion_ids": ids,
             "completion_mask": mask & ~truncated[:, None] if config.mask_truncated else mask,
             "sampler_logps": sampler_logps[own, :lengths.max()], "texts": texts[own], "lengths": lengths,
-            "truncated": truncated, "scores": scores, "rewards": rewards, "zero_std": bool(rewards.max() == rewards.min())})
+            "truncated": truncated, "scores": scores, "rewards": rewards,
+            "zero_std": bool(rewards.max() == rewards.min())})
     return groups
 
 
 def policy_gradient(model, reference, groups, first_epoch, config, compute, scaler):
     """Adds the gradient of the loss of the whole rollout to the model's parameters, a few completions at a time.
 
-    The first epoch after sampling writes each group's old_logps and ref_logps, later ones read them. Returns sums over the
-    tokens that were passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
+    The first epoch after sampling writes each group's old_logps and ref_logps, later ones read them. Returns sums over
+    the tokens passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
     """
     masks = [group["completion_mask"] for group in groups]
-    num_tokens = max(1, sum(int(mask.sum()) for mask in masks))  # denominators of the whole rollout, for every part of it
+    num_tokens = max(1, sum(int(mask.sum()) for mask in masks))  # denominators: the whole rollout's, for all its parts
     num_sequences = max(1, sum(int(mask.any(dim=1).sum()) for mask in masks))
     size = config.completions_per_forward or config.group_size
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "sampler_gap", "tokens"), 0.0)
@@ -300,7 +244,8 @@ def policy_gradient(model, reference, groups, first_epoch, config, compute, scal
                 group["old_logps"][part] = logps.detach()
                 if config.beta:
                     with torch.no_grad(), evaluation.autocast(compute):
-                        group["ref_logps"][part] = token_logps(reference, ref_prompt, group["prompt_ids"], ids, config.temperature)[0]
+                        group["ref_logps"][part] = token_logps(
+                            reference, ref_prompt, group["prompt_ids"], ids, config.temperature)[0]
             gap = group["old_logps"][part] - group["sampler_logps"][part]
             loss, watched = grpo_loss(
                 logps, group["old_logps"][part], group["ref_logps"][part], group["advantages"][part], mask,
@@ -333,7 +278,8 @@ def main(config):
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
     generator = torch.Generator(model.device).manual_seed(config.seed)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -349,8 +295,9 @@ def main(config):
         print(f"resumed: {run.folder} after step {step}")
 
     def save():
-        run.save_checkpoint({**{name: part.state_dict() for name, part in parts.items()}, "generator": generator.get_state(),
-                             "step": step, "position": position, "seconds": time.time() - start})
+        states = {name: part.state_dict() for name, part in parts.items()}
+        run.save_checkpoint({**states, "generator": generator.get_state(), "step": step, "position": position,
+                             "seconds": time.time() - start})
 
     def evaluate(title):
         return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
@@ -399,7 +346,8 @@ def main(config):
         # metrics: means over the step's completions (and, of what the loss saw, over its tokens)
         sums = {key: sum(epoch[key] for epoch in epochs) for key in epochs[0]}
         metrics = {
-            "step": step, **evaluation.rollout_metrics(groups), "extra_batches": extra_batches, "loss": sums.pop("loss") / config.mu,
+            "step": step, **evaluation.rollout_metrics(groups), "extra_batches": extra_batches,
+            "loss": sums["loss"] / config.mu,
             **{key: sums[key] / max(1, sums["tokens"]) for key in ("kl", "clip_fraction", "entropy", "sampler_gap")},
             "grad_norm": grad_norms[-1], "learning_rate": rate, "generate_seconds": generate_seconds,
             "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
@@ -423,9 +371,11 @@ def parse(arguments=None):
     """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
     config = tyro.cli(Config, args=arguments, use_underscores=True)
     if config.model == "tiny":
-        print("" if GPU else "no GPU: ", "built-in tiny model", sep="", end="; ")
-        plain, config = config, tyro.cli(Config, args=arguments, use_underscores=True, default=replace(Config(), **TINY))
-        print("its settings:", ", ".join(f"{key} {getattr(config, key)}" for key in TINY if getattr(config, key) != getattr(plain, key)))
+        usual, tiny = config, replace(Config(), **TINY)
+        config = tyro.cli(Config, args=arguments, use_underscores=True, default=tiny)
+        changed = [f"{key} {getattr(config, key)}" for key in TINY if getattr(config, key) != getattr(usual, key)]
+        print(f"{'' if GPU else 'no GPU: '}the built-in tiny model{' and questions' if config.data == 'builtin' else ''}; "
+              f"settings for it: {', '.join(changed)}")
     return config
 
 

@@ -19,7 +19,8 @@ def tags_in_place(text, tags):
     in_place = 0
     for i, tag in enumerate(tags):
         once = first[i] >= 0 and first[i] == last[i]
-        ordered = all(last[j] < first[i] for j in range(i)) and all(first[j] < 0 or first[j] > first[i] for j in range(i + 1, len(tags)))
+        ordered = (all(position < first[i] for position in last[:i])
+                   and all(position < 0 or position > first[i] for position in first[i + 1:]))
         closed = i < len(tags) - 1 or not text[first[i] + len(tag):].strip()
         in_place += once and ordered and closed
     return in_place

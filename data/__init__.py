@@ -124,7 +124,8 @@ def check_row(row, where):
     """Raises InputError unless `row` is a prepared row (see the head of this file)."""
     for field, kind in ROW_FIELDS.items():
         if not isinstance(row.get(field), kind):
-            raise InputError(f"{where}, field `{field}`: {kind.__name__} needed in a prepared row; remake it with python -m data.prepare")
+            raise InputError(f"{where}, field `{field}`: {kind.__name__} needed in a prepared row; remake the file with "
+                             "python -m data.prepare")
     for message in row["prompt"]:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise InputError(f"{where}, field `prompt`: every message needs a text `role` and `content`")

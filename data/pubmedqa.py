@@ -54,7 +54,8 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
             check_row(record, where)
             row = record
             if system_prompt:
-                row["prompt"] = [{"role": "system", "content": system_prompt}] + [m for m in row["prompt"] if m["role"] != "system"]
+                rest = [message for message in row["prompt"] if message["role"] != "system"]
+                row["prompt"] = [{"role": "system", "content": system_prompt}, *rest]
         else:
             row = _row(record, where, index, maybe, question_field, context_field, answer_field, system_prompt)
         if row["ground_truth"] not in CLASSES:
@@ -78,7 +79,8 @@ def _row(record, where, index, maybe, question_field, context_field, answer_fiel
         label, long_answer = text_field(record, "final_decision", where), record.get("LONG_ANSWER") or ""
         source_id, year = where.rpartition("key ")[2], record.get("YEAR")
     elif "final_decision" in record and isinstance(record.get("context"), dict):  # the hub
-        question, context = text_field(record, "question", where), _joined(record["context"].get("contexts"), where, "context.contexts")
+        question = text_field(record, "question", where)
+        context = _joined(record["context"].get("contexts"), where, "context.contexts")
         label, long_answer = text_field(record, "final_decision", where), record.get("long_answer") or ""
         source_id, year = str(record.get("pubid", index)), None
     else:
@@ -86,7 +88,8 @@ def _row(record, where, index, maybe, question_field, context_field, answer_fiel
         context = text_field(record, context_field or "context", where)
         label, long_answer = text_field(record, answer_field or "ground_truth", where), ""
         source_id, year = str(record.get("id", index)), None
-    return make_row(source_id, question, context, label.lower(), long_answer, maybe, system_prompt, {"year": year} if year else {})
+    extra = {"year": year} if year else {}
+    return make_row(source_id, question, context, label.lower(), long_answer, maybe, system_prompt, extra)
 
 
 def _joined(contexts, where, field):

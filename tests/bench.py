@@ -35,7 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 import eval as evaluation
 import grpo_pubmedqa as grpo
@@ -49,15 +49,31 @@ SETTINGS = {"A": A, "B": {**A, "prompt": (384, 384), "completion": (128, 128)}, 
             "F": {**A, "prompt": (128, 384), "completion": (128, 128)}}
 
 
-class Bench:
-    """The work of one setting: a model, prompts, forced lengths and rewards."""
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REAL = {  # shapes of real models, for random weights: (model class, config, LoRA)
+    "Qwen2.5-0.5B full": (Qwen2ForCausalLM, dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                          num_key_value_heads=2, tie_word_embeddings=True), 151_936, False),
+    "Llama-3.2-3B LoRA": (LlamaForCausalLM, dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                          num_key_value_heads=8, head_dim=128, tie_word_embeddings=True), 128_256, True),
+    "Qwen3-4B LoRA": (Qwen3ForCausalLM, dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                      num_key_value_heads=8, head_dim=128, tie_word_embeddings=True), 151_936, True),
+    "Llama-3.1-8B LoRA": (LlamaForCausalLM, dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                          num_key_value_heads=8, tie_word_embeddings=False), 128_256, True)}
 
-    def __init__(self, s):
-        torch.manual_seed(0)
-        self.s = s
-        config = Qwen2Config(vocab_size=s["vocab"], hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-                             num_key_value_heads=2, tie_word_embeddings=False, eos_token_id=EOS, pad_token_id=0, bos_token_id=1)
-        self.config = config
+
+class Bench:
+    """The work of one setting: a model, prompts, forced lengths and rewards. real: a key of REAL instead of A's Qwen2."""
+
+    def __init__(self, s, real=None):
+        self.s, self.model_class = s, Qwen2ForCausalLM
+        shape = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+                     tie_word_embeddings=False)
+        if real:
+            self.model_class, shape = REAL[real][:2]
+        if real and DEVICE.type == "cpu":  # the same code on a machine without a GPU
+            shape = {**shape, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+                     "num_key_value_heads": 2, "head_dim": 16}
+        self.config = config = self.model_class.config_class(vocab_size=s["vocab"], eos_token_id=EOS, pad_token_id=0, bos_token_id=1, **shape)
         generator = torch.Generator().manual_seed(1)
         spread = [round(s["prompt"][0] + (s["prompt"][1] - s["prompt"][0]) * i / max(1, s["P"] - 1)) for i in range(s["P"])]
         self.prompts = [torch.randint(3, 4000, (n,), generator=generator).tolist() for n in spread]
@@ -68,7 +84,8 @@ class Bench:
 
     def model(self):
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(self.config).eval()
+        with DEVICE:
+            model = self.model_class(self.config).eval()
         model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=0, bos_token_id=1)
         if self.s["lora"]:
             model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
@@ -100,31 +117,36 @@ class Bench:
 def timed(work):
     start = time.perf_counter()
     result = work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return result, time.perf_counter() - start
 
 
-def our_step(bench):
+def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
     """A function that makes one step and returns (sampling seconds, update seconds)."""
-    model, s = bench.model(), bench.s
-    reference, force = bench.reference(model), bench.force_lengths(model)
+    model, s = bench.model().to(weights), bench.s
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data  # what is trained is fp32
+    reference, force = bench.reference(model) if beta else None, bench.force_lengths(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
-    config = replace(grpo.Config(), beta=BETA, mu=MU, group_size=s["G"], max_completion_length=s["completion"][1])
-    scaler, generator = torch.amp.GradScaler("cpu", enabled=False), torch.Generator().manual_seed(0)
+    config = replace(grpo.Config(), beta=beta, mu=MU, group_size=s["G"], max_completion_length=s["completion"][1])
+    scaler, generator = torch.amp.GradScaler(DEVICE.type, enabled=False), torch.Generator(DEVICE).manual_seed(0)
 
     def sample():
         force.update(on=True, t=0)
-        result = evaluation.generate(model, bench.prompts, s["G"], max_new_tokens=s["completion"][1], stop_ids=[EOS], generator=generator)
+        with evaluation.autocast(compute):
+            result = evaluation.generate(model, bench.prompts, s["G"], max_new_tokens=s["completion"][1], stop_ids=[EOS], generator=generator)
         force.update(on=False)
         return result
 
     def update(ids, mask, logps):
-        advantages, groups = grpo.group_advantages(bench.rewards, "group").float(), []
+        advantages, groups = grpo.group_advantages(bench.rewards, "group").float().to(DEVICE), []
         for i, prompt in enumerate(bench.prompts):
             own = slice(i * s["G"], (i + 1) * s["G"])
-            groups.append({"prompt_ids": torch.tensor(prompt), "completion_ids": ids[own], "completion_mask": mask[own],
+            groups.append({"prompt_ids": torch.tensor(prompt, device=DEVICE), "completion_ids": ids[own], "completion_mask": mask[own],
                            "sampler_logps": logps[own], "advantages": advantages[i], "zero_std": False})
         for epoch in range(MU):
-            grpo.policy_gradient(model, reference, groups, epoch == 0, config, torch.float32, scaler)
+            grpo.policy_gradient(model, reference, groups, epoch == 0, config, compute, scaler)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -354,6 +376,125 @@ def growth(arguments):
     save(arguments, "growth", results)
 
 
+def gpu(arguments):
+    """Real shapes with random weights under a memory cap: does a step fit, its peak, its speed. On CPU: the same with tiny shapes."""
+    cuda, results = DEVICE.type == "cuda", []
+    print(f"device: {torch.cuda.get_device_name() if cuda else 'cpu, tiny shapes: the figures say only that the command runs'}")
+    print("| model | cap GB | completions per forward | fits | peak GB | sampling tokens/s | update s |\n|---|---|---|---|---|---|---|")
+    for real, (_, _, vocabulary, lora) in REAL.items():
+        for cap in (16, 24):
+            size = dict(P=4, G=8, prompt=(400, 400), completion=(300, 300), vocab=vocabulary, lora=lora) if cuda else \
+                dict(P=2, G=4, prompt=(20, 20), completion=(8, 8), vocab=1000, lora=lora)
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / torch.cuda.get_device_properties(0).total_memory))
+            bench = Bench(size, real)
+            try:  # LoRA: bf16 base, no reference (its script keeps one as a second adapter)
+                step = our_step(bench, 0.0 if lora else BETA, torch.bfloat16, torch.bfloat16 if lora else torch.float32)
+                times = [step() for _ in range(arguments.rounds + 1)][1:]
+            except torch.cuda.OutOfMemoryError:
+                results.append({"model": real, "cap_gb": cap, "fits": False})
+                print(f"| {real} | {cap} | all | no | - | - | - |", flush=True)
+                continue
+            sampling, update = (statistics.median(pair[i] for pair in times) for i in (0, 1))
+            results.append({"model": real, "cap_gb": cap, "fits": True, "peak_gb": evaluation.peak_memory_gb(), "sampling": sampling,
+                            "sampling_tokens_per_s": sum(bench.lengths) / sampling, "update": update})
+            print(f"| {real} | {cap} | all | yes | {evaluation.peak_memory_gb():.1f} | {sum(bench.lengths) / sampling:.0f} | {update:.2f} |", flush=True)
+    save(arguments, "gpu", results)
+
+
+# === learning: the built-in model trained by ours and by TRL, with equal settings =======================================
+
+LEARNING = ["--model", "tiny", "--data", "builtin", "--eval_every", "0", "--save_every", "0"]
+
+
+def learning_ours(arguments, seed, steps):
+    """[(seconds, reward, accuracy)] a step and the held-out accuracy, by the script itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        grpo.main(grpo.parse([*LEARNING, "--steps", str(steps), "--seed", str(seed), "--out", folder + "/run"]))
+        records = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        after = json.loads((Path(folder) / "run" / "summary.json").read_text())["after"]["accuracy"]
+    clock, curve = 0.0, []
+    for record in records:
+        clock += record["generate_seconds"] + record["update_seconds"]
+        curve.append((clock, record["reward"], record["accuracy"]))
+    return curve, after
+
+
+def learning_trl(arguments, seed, steps):
+    """The same by TRL's trainer: the same rows in the same order, rewards, and hyper-parameters."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    config = grpo.parse([*LEARNING, "--steps", str(steps), "--seed", str(seed)])
+    model, tokenizer, compute = evaluation.load_model("tiny")
+    model.warnings_issued = {}
+    train, heldout, _ = grpo.pubmedqa.load_rows()
+    stream = grpo.question_stream(train, seed, 0)
+    rows = [next(stream) for _ in range(steps * config.prompts_per_step)]
+    curve, clock, scored = [], {"spent": 0.0}, []
+
+    def reward(completions, ground_truth, **_):
+        scores = [evaluation.rewards.compute_score("pubmedqa", c[0]["content"], truth) for c, truth in zip(completions, ground_truth)]
+        scored[:] = scores
+        return [score["score"] for score in scores]
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock["start"] = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            clock["spent"] += time.perf_counter() - clock["start"]
+            curve.append((clock["spent"], statistics.fmean(s["score"] for s in scored), statistics.fmean(s["accuracy"] for s in scored)))
+
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=reward, processing_class=tokenizer, callbacks=[Clock()],
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"], "ground_truth": row["ground_truth"]} for row in rows]),
+        args=GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=config.prompts_per_step * config.group_size,
+                        num_generations=config.group_size, num_iterations=config.mu, max_completion_length=config.max_completion_length,
+                        temperature=config.temperature, beta=config.beta, sync_ref_model=True, ref_model_sync_steps=config.ref_every,
+                        ref_model_mixup_alpha=1.0, learning_rate=config.learning_rate, lr_scheduler_type="linear",
+                        warmup_steps=int(config.warmup * steps), adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0,
+                        max_grad_norm=config.max_grad_norm, loss_type="grpo", use_bias_correction_kl=False, gradient_checkpointing=False,
+                        bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", max_steps=steps, seed=seed,
+                        disable_tqdm=True, shuffle_dataset=False))
+    trainer.train()
+    heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
+    records = evaluation.evaluate(model.eval(), tokenizer, heldout, compute, max_completion_length=config.max_completion_length, batch_size=64)
+    return curve, evaluation.summarize(records)["accuracy"]
+
+
+def learning(arguments):
+    """Trains, prints the table and draws accuracy and reward against wall-clock."""
+    results = []
+    for seed in (1, 2, 3):
+        for name in ["ours"] + (["trl"] if has_trl() else []):
+            command = [sys.executable, __file__, "learning-child", "--contenders", name, "--seed", str(seed), "--steps", str(arguments.steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                sys.exit(done.stderr[-3000:])
+            results.append({"name": name, "seed": seed, **json.loads(lines[0][7:])})
+            print(f"{name} seed {seed}: held-out accuracy {results[-1]['accuracy']:.3f} after {results[-1]['curve'][-1][0]:.0f} s", flush=True)
+    save(arguments, "learning", results)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axis, column, title in zip(figure.subplots(1, 2), (2, 1), ("Accuracy of the sampled completions", "Reward per completion")):
+        for result in results:
+            seconds, values = [point[0] for point in result["curve"]], [point[column] for point in result["curve"]]
+            smooth = [statistics.fmean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
+            axis.plot(seconds, smooth, color={"ours": "C0", "trl": "C1"}[result["name"]], linewidth=1.6,
+                      label={"ours": "this collection", "trl": "TRL"}[result["name"]] if result["seed"] == 1 else None)
+        axis.set_xlabel("seconds of training")
+        axis.set_title(title, fontsize=12)
+        axis.set_ylabel("share correct" if column == 2 else "reward")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(arguments.picture, dpi=80)
+    print(f"written: {arguments.picture}")
+
+
 def save(arguments, name, results):
     versions = {**evaluation.versions(), "trl": has_trl() or None}
     path = Path(arguments.out or f"bench-{name}.json")
@@ -363,15 +504,21 @@ def save(arguments, name, results):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cpu", "memory", "growth", "child"])
+    parser.add_argument("what", choices=["cpu", "memory", "growth", "learning", "gpu", "child", "learning-child"])
     parser.add_argument("--settings", nargs="+", default=["A", "B"], choices=list(SETTINGS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--malloc", nargs="+", default=["default"], choices=list(MALLOC))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contenders", nargs="+", choices=["ours", "padded", "trl"])
-    parser.add_argument("--out", default="")
+    parser.add_argument("--steps", type=int, default=40, help="of learning")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", default="", help="JSON file (default: bench-WHAT.json)")
+    parser.add_argument("--picture", default="bench-learning.png")
     arguments = parser.parse_args()
     if arguments.what == "child":
         child_cpu(arguments.settings[0], arguments.threads[0], arguments.rounds, arguments.contenders)
+    elif arguments.what == "learning-child":
+        curve, accuracy = {"ours": learning_ours, "trl": learning_trl}[arguments.contenders[0]](arguments, arguments.seed, arguments.steps)
+        print("RESULT " + json.dumps({"curve": curve, "accuracy": accuracy}))
     else:
-        {"cpu": cpu, "memory": memory, "growth": growth}[arguments.what](arguments)
+        {"cpu": cpu, "memory": memory, "growth": growth, "learning": learning, "gpu": gpu}[arguments.what](arguments)

@@ -77,6 +77,8 @@ def test_a_run_as_a_user_would_run_it(tmp_path):
     assert scored.returncode == 0, scored.stderr  # what was saved loads and scores
     assert {"accuracy", "pass_at_1"} <= set(json.loads((tmp_path / "e" / "summary.json").read_text()))
     assert len((tmp_path / "e" / "eval.jsonl").read_text().splitlines()) == 8
+    again = command("eval.py", "--model", "tiny", "--out", folder)  # would overwrite the summary of the run
+    assert again.returncode == 2 and "holds another result" in again.stderr and summary == json.loads((folder / "summary.json").read_text())
 
 
 @pytest.mark.parametrize("script, config", [("grpo_pubmedqa.py", grpo.Config), ("eval.py", evaluation.Config)])
@@ -125,7 +127,8 @@ def test_a_step_moves_every_parameter_and_clips_from_the_second_epoch_on(tmp_pat
 def test_all_the_knobs_of_the_loss_run(tmp_path):
     for i, flags in enumerate((["--loss_type", "dapo", "--epsilon_high", 0.28, "--beta", 0, "--mask_truncated", "--resample_zero_std", 2],
                                ["--loss_type", "dr_grpo", "--scale_rewards", "none", "--importance_level", "sequence", "--mu", 2],
-                               ["--dtype", "bf16", "--importance_cap", 2, "--scale_rewards", "batch", "--completions_per_forward", 2])):
+                               ["--dtype", "bf16", "--importance_cap", 2, "--scale_rewards", "batch", "--completions_per_forward", 2],
+                               ["--dtype", "fp16"])):
         assert in_process(*QUICK, "--model", "tiny", "--data", "builtin", "--out", tmp_path / str(i), *flags) == 0
     resampled = metrics(tmp_path / "0")
     assert all(record["extra_batches"] <= 2 for record in resampled)
