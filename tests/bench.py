@@ -384,7 +384,7 @@ def gpu(arguments):
     for real, (_, _, vocabulary, lora) in REAL.items():
         for cap in (16, 24):
             size = dict(P=4, G=8, prompt=(400, 400), completion=(300, 300), vocab=vocabulary, lora=lora) if cuda else \
-                dict(P=2, G=4, prompt=(20, 20), completion=(8, 8), vocab=1000, lora=lora)
+                dict(P=2, G=4, prompt=(20, 20), completion=(8, 8), vocab=4096, lora=lora)
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
