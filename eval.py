@@ -180,12 +180,12 @@ class SharedPromptCache(DynamicCache):
 
     def __init__(self, prompt, prompt_mask, n, room):
         super().__init__()
-        self.prompt, self.prompts, self.width, self.room = prompt, len(prompt_mask), n, room
+        self.prompt, self.prompts, self.width = prompt, len(prompt_mask), n
         self.bias = None if prompt_mask.all() else torch.zeros_like(prompt_mask, dtype=torch.float32).masked_fill(
             prompt_mask == 0, -torch.inf)[:, None, None]  # added to the scores: [P, 1, 1, S]
         rows = len(prompt_mask) * n
         self.own = [[x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in pair] for pair in prompt]
-        self.slots = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)  # place of each row: prompt * n + i
+        self.slots = torch.arange(rows, device=prompt_mask.device)  # place of each row: prompt * n + i
         self.tokens = 0  # of each completion, the one that is being computed included
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
@@ -272,18 +272,17 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
             logits = logits[:, -1].float()
             if temperature not in (0, 1):
                 logits = logits / temperature
-            peak = logits.amax(dim=-1, keepdim=True)
-            cumulative = (logits - peak).exp_().cumsum(dim=-1)  # of unnormalised probabilities
-            total = cumulative[:, -1:].clone()
+            probabilities = logits.softmax(dim=-1)
             if temperature:  # one uniform number a row, looked up in the cumulative distribution
-                uniform = torch.rand(len(active), 1, generator=generator, device=device)
-                token = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logits.shape[1] - 1)
+                cumulative = probabilities.cumsum(dim=-1)
+                uniform = (1 - torch.rand(len(active), 1, generator=generator, device=device)) * cumulative[:, -1:]  # never 0
+                token = torch.searchsorted(cumulative, uniform)
             else:
                 token = logits.argmax(dim=-1, keepdim=True)
             completion_ids[active, t] = token[:, 0]
             completion_mask[active, t] = True
-            logps[active, t] = (logits.gather(1, token) - peak - total.log())[:, 0]
-            going = ~torch.isin(token[:, 0], stops)
+            logps[active, t] = probabilities.gather(1, token)[:, 0].log_()
+            going = (token != stops).all(dim=1)
             if t == max_new_tokens - 1 or not going.any():
                 break
             if not going.all():  # finished rows leave the batch

@@ -467,30 +467,41 @@ def learning_trl(arguments, seed, steps):
 
 def learning(arguments):
     """Trains, prints the table and draws accuracy and reward against wall-clock."""
-    results = []
-    for seed in (1, 2, 3):
+    results = json.loads(Path(arguments.redraw).read_text())["results"] if arguments.redraw else []
+    for seed in (1, 2, 3) if not results else ():
         for name in ["ours"] + (["trl"] if has_trl() else []):
-            command = [sys.executable, __file__, "learning-child", "--contenders", name, "--seed", str(seed), "--steps", str(arguments.steps)]
+            command = [sys.executable, __file__, "learning-child", "--contenders", name, "--seed", str(seed), "--steps",
+                       str(arguments.steps)]
             done = subprocess.run(command, capture_output=True, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if not lines:
                 sys.exit(done.stderr[-3000:])
             results.append({"name": name, "seed": seed, **json.loads(lines[0][7:])})
-            print(f"{name} seed {seed}: held-out accuracy {results[-1]['accuracy']:.3f} after {results[-1]['curve'][-1][0]:.0f} s", flush=True)
-    save(arguments, "learning", results)
+            print(f"{name} seed {seed}: held-out accuracy {results[-1]['accuracy']:.3f} after {results[-1]['curve'][-1][0]:.0f} s",
+                  flush=True)
+    if not arguments.redraw:
+        save(arguments, "learning", results)
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axis, column, title in zip(figure.subplots(1, 2), (2, 1), ("Accuracy of the sampled completions", "Reward per completion")):
-        for result in results:
-            seconds, values = [point[0] for point in result["curve"]], [point[column] for point in result["curve"]]
-            smooth = [statistics.fmean(values[max(0, i - 4):i + 1]) for i in range(len(values))]
-            axis.plot(seconds, smooth, color={"ours": "C0", "trl": "C1"}[result["name"]], linewidth=1.6,
-                      label={"ours": "this collection", "trl": "TRL"}[result["name"]] if result["seed"] == 1 else None)
-        axis.set_xlabel("seconds of training")
+    left, right = figure.subplots(1, 2)
+    for name, label, colour in (("ours", "this collection", "C0"), ("trl", "TRL", "C1")):
+        runs = [result for result in results if result["name"] == name]
+        for axis, column in ((left, 2), (right, 1)) if runs else ():
+            for run in runs:
+                axis.plot([point[0] for point in run["curve"]], [point[column] for point in run["curve"]], colour, alpha=0.2, linewidth=1)
+            seconds, values = ([statistics.fmean(run["curve"][i][k] for run in runs) for i in range(len(runs[0]["curve"]))]
+                               for k in (0, column))
+            smooth = [statistics.fmean(values[max(0, i - 7):i + 1]) for i in range(len(values))]
+            axis.plot(seconds, smooth, colour, linewidth=2.2, label=f"{label}: samples, mean of {len(runs)} seeds")
+        left.plot([run["curve"][-1][0] for run in runs], [run["accuracy"] for run in runs], "o", color=colour, markeredgecolor="k",
+                  label=f"{label}: held out, greedy, at the end")
+    for axis, title, unit in ((left, "Accuracy", "share correct"), (right, "Reward per completion", "reward")):
         axis.set_title(title, fontsize=12)
-        axis.set_ylabel("share correct" if column == 2 else "reward")
+        axis.set_xlabel("seconds of training")
+        axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize=8, loc="lower right")
+    left.set_ylim(0.5, 1.02)
     figure.savefig(arguments.picture, dpi=80)
     print(f"written: {arguments.picture}")
 
@@ -513,6 +524,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40, help="of learning")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="", help="JSON file (default: bench-WHAT.json)")
+    parser.add_argument("--redraw", default="", help="draw the picture of an earlier learning run from its JSON file")
     parser.add_argument("--picture", default="bench-learning.png")
     arguments = parser.parse_args()
     if arguments.what == "child":

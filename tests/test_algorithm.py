@@ -340,3 +340,44 @@ def test_question_stream_continues_where_it_stood():
     assert [next(later) for _ in range(9)] == drawn[11:]
     other = grpo.question_stream(rows, 4, 0)
     assert [next(other) for _ in range(7)] != drawn[:7]
+
+
+def test_learning_rate_rises_peaks_and_falls_over_the_steps_of_the_launch():
+    config = replace(grpo.Config(), learning_rate=1.0, warmup=0.1)
+    rates = [grpo.learning_rate(step, config, 100) for step in range(1, 131)]
+    assert rates[4] == pytest.approx(0.5) and rates[9] == 1.0 and max(rates) == 1.0
+    assert rates[9:100] == sorted(rates[9:100], reverse=True) and rates[99] == pytest.approx(1 / 91)
+    assert rates[100:] == [rates[99]] * 30  # a run resumed with more steps goes on at the last rate
+    assert grpo.learning_rate(1, replace(config, warmup=0.0), 100) == 1.0
+
+
+def test_output_layer_in_blocks_is_a_plain_log_softmax(monkeypatch):
+    """Values and gradients of ChosenLogps against autograd, with blocks that do not divide the vocabulary."""
+    monkeypatch.setattr(evaluation, "BLOCK", 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 5, generator=generator, requires_grad=True)
+    weight = (3 * torch.randn(30, 5, generator=generator)).requires_grad_()
+    tokens, upstream = torch.randint(0, 30, (11,), generator=generator), torch.randn(11, generator=generator)
+    for temperature in (1.0, 0.6):
+        results = []
+        for blocks in (True, False):
+            if blocks:
+                logps, entropy = evaluation.ChosenLogps.apply(hidden, weight, tokens, temperature)
+            else:
+                distribution = (hidden @ weight.T / temperature).log_softmax(-1)
+                logps, entropy = distribution.gather(1, tokens[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
+            results.append([logps, entropy, *torch.autograd.grad((logps * upstream).sum(), (hidden, weight))])
+        for mine, plain in zip(*results):
+            assert torch.allclose(mine, plain, atol=2e-5, rtol=1e-5)
+
+
+def test_the_benchmark_and_its_gpu_command_run(tmp_path, capsys):
+    import argparse
+
+    import bench
+    setting = bench.Bench({**bench.A, "P": 2, "G": 3, "prompt": (9, 14), "completion": (2, 6)})
+    for step in (bench.our_step(setting), bench.padded_step(setting)):
+        assert all(seconds > 0 for seconds in step())  # asserts the forced lengths
+    bench.gpu(argparse.Namespace(rounds=1, out=str(tmp_path / "gpu.json")))
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 2 * len(bench.REAL)
+    assert "tiny shapes" in capsys.readouterr().out
