@@ -184,9 +184,9 @@ def question_stream(rows, seed, position):
 
 def learning_rate(step, config, schedule_steps):
     """Linear warm-up to the peak, then linear decay; schedule_steps is the number of steps at launch."""
-    warmup = config.warmup * schedule_steps
-    rising, falling = step / max(1, warmup), max(1, schedule_steps + 1 - step) / max(1, schedule_steps + 1 - warmup)
-    return config.learning_rate * min(1, rising, falling)
+    warmup = max(1, config.warmup * schedule_steps)
+    falling = max(1, schedule_steps + 1 - step) / max(1, schedule_steps + 1 - warmup)
+    return config.learning_rate * min(1, step / warmup, falling)
 
 
 def rollout(model, tokenizer, questions, config, compute, stops, generator):
