@@ -634,7 +634,7 @@ class Run:
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("written: " + ", ".join(sorted(f"{self.folder}/{path.name}" for path in self.folder.iterdir())))
+        print(f"written: {self.folder}/ ({', '.join(sorted(path.name for path in self.folder.iterdir()))})")
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
