@@ -172,43 +172,56 @@ def stop_ids(model, tokenizer):
 
 
 class SharedPromptCache(DynamicCache):
-    """Keys and values of P prompts, held once each, and of their N completions, which grow in place; rows can leave.
+    """Keys and values of P prompts, held once each, and of their completions, which grow in place; rows can leave.
 
     prompt: (keys, values) [P, KV heads, S, d] a layer, of prompts padded on the left as prompt_mask [P, S] says. n: completions
-    a prompt; room: most tokens a completion can have.
+    a prompt; room: most tokens a completion can have. The completions of a prompt stand side by side in a grid
+    [P, KV heads, n, room, d]; `places` says where in it each row of the batch stands.
     """
 
     def __init__(self, prompt, prompt_mask, n, room):
         super().__init__()
-        self.prompt, self.prompts, self.width = prompt, len(prompt_mask), n
+        self.prompt, self.grid = prompt, (len(prompt_mask), n)
         self.bias = None if prompt_mask.all() else torch.zeros_like(prompt_mask, dtype=torch.float32).masked_fill(
             prompt_mask == 0, -torch.inf)[:, None, None]  # added to the scores: [P, 1, 1, S]
-        rows = len(prompt_mask) * n
-        self.own = [[x.new_empty(rows, x.shape[1], room, x.shape[3]) for x in pair] for pair in prompt]
-        self.slots = torch.arange(rows, device=prompt_mask.device)  # place of each row: prompt * n + i
+        self.own = [[x.new_empty(len(x), x.shape[1], n, room, x.shape[3]) for x in pair] for pair in prompt]
+        self.places = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)  # prompt * n + i, ascending
         self.tokens = 0  # of each completion, the one that is being computed included
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Writes the new token of every row and returns the completions so far, [N, KV heads, tokens, d], as views."""
+        """Writes the new token of every row; returns the completions so far, [P, KV heads, n, tokens, d], as views."""
         for buffer, new in zip(self.own[layer_idx], (keys, values)):
-            buffer[:, :, self.tokens - 1] = new[:, :, 0]
-        return [buffer[:, :, :self.tokens] for buffer in self.own[layer_idx]]
+            buffer[:, :, :, self.tokens - 1:self.tokens] = self.to_grid(new, new.shape[1])
+        return [buffer[:, :, :, :self.tokens] for buffer in self.own[layer_idx]]
 
     def keep(self, rows):
-        """Drops all rows but these."""
-        self.slots = self.slots[rows]
-        self.own = [[buffer[rows] for buffer in pair] for pair in self.own]
+        """Drops all rows but these; the grid shrinks to the prompts that still have some, and to the most that one has."""
+        self.places = self.places[rows]
+        old_prompt, i = self.places // self.grid[1], self.places % self.grid[1]
+        left, prompt, counts = old_prompt.unique(return_inverse=True, return_counts=True)
+        if (len(left), int(counts.max())) == self.grid:
+            return  # the places of the others stay empty
+        self.grid = (len(left), int(counts.max()))
+        new_i = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[prompt]
+        self.places = prompt * self.grid[1] + new_i
+        for pair in self.own:
+            for k, buffer in enumerate(pair):
+                pair[k] = buffer.new_empty(len(left), buffer.shape[1], self.grid[1], *buffer.shape[3:])
+                pair[k][prompt, :, new_i, :self.tokens] = buffer[old_prompt, :, i, :self.tokens]
+        if len(left) < len(self.prompt[0][0]):
+            self.prompt = [(keys[left], values[left]) for keys, values in self.prompt]
+            self.bias = self.bias if self.bias is None else self.bias[left]
 
-    def by_prompt(self, x):
-        """[N, KV heads, r, d], a row a completion, to [P, KV heads, n * r, d]: the completions of a prompt side by side."""
-        if len(x) < self.prompts * self.width:  # some have left: their places stay empty
-            x = x.new_zeros(self.prompts * self.width, *x.shape[1:]).index_copy_(0, self.slots, x)
-        return x.view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+    def to_grid(self, x, kv_heads):
+        """[N, heads, 1, d], a row a completion, to [P, KV heads, n, heads of each, d]."""
+        if len(x) < self.grid[0] * self.grid[1]:
+            x = x.new_zeros(self.grid[0] * self.grid[1], *x.shape[1:]).index_copy_(0, self.places, x)
+        return x.view(*self.grid, kv_heads, -1, x.shape[-1]).transpose(1, 2)
 
-    def by_row(self, x):
-        """The way back."""
-        x = x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
-        return x if len(x) == len(self.slots) else x[self.slots]
+    def to_rows(self, x):
+        """The way back, [N, 1, heads, d]."""
+        x = x.transpose(1, 2).reshape(self.grid[0] * self.grid[1], 1, -1, x.shape[-1])
+        return x if len(x) == len(self.places) else x[self.places]
 
 
 def shared_prompt_attention(module, query, key, value, attention_mask, scaling, shared, sliding_window=None, **_):
@@ -218,17 +231,17 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
     """
     (prompt_keys, prompt_values), bias = shared.prompt[module.layer_idx], shared.bias
     if sliding_window:  # the last `sliding_window` positions of prompt and completion
-        drop = max(0, prompt_keys.shape[2] + key.shape[2] - sliding_window)
-        key, value = (x[:, :, max(0, drop - prompt_keys.shape[2]):] for x in (key, value))
+        drop = max(0, prompt_keys.shape[2] + key.shape[3] - sliding_window)
+        key, value = (x[:, :, :, max(0, drop - prompt_keys.shape[2]):] for x in (key, value))
         prompt_keys, prompt_values = prompt_keys[:, :, drop:], prompt_values[:, :, drop:]
         bias = bias if bias is None else bias[..., drop:]
-    query = query.view(len(query), key.shape[1], -1, query.shape[3]) * scaling  # [N, KV heads, query heads of each, d]
-    on_prompt, own = shared.by_prompt(query) @ prompt_keys.mT, shared.by_prompt(query @ key.mT)
+    query = (shared.to_grid(query, key.shape[1]) * scaling).contiguous()  # [P, KV heads, n, query heads of each, d]
+    on_prompt, own = query.flatten(2, 3) @ prompt_keys.mT, (query @ key.mT).flatten(2, 3)
     scores = torch.cat([on_prompt if bias is None else on_prompt + bias.to(on_prompt.dtype), own], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    on_prompt, own = weights.split([prompt_keys.shape[2], key.shape[2]], dim=-1)
-    output = shared.by_row(on_prompt @ prompt_values) + shared.by_row(own) @ value
-    return output.flatten(1, 2)[:, None], None  # [N, 1, heads, d]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)  # [P, KV heads, n * heads, S + tokens]
+    on_prompt, own = weights.split([prompt_keys.shape[2], key.shape[3]], dim=-1)
+    output = (on_prompt @ prompt_values).view_as(query) + own.unflatten(2, query.shape[2:4]) @ value
+    return shared.to_rows(output), None  # [N, 1, heads, d]
 
 
 ALL_ATTENTION_FUNCTIONS.register("shared_prompt", shared_prompt_attention)
