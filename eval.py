@@ -276,13 +276,13 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         prompt = DynamicCache()
-        logits = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt,
-                       logits_to_keep=1).logits
+        decoder, output_layer = model.get_decoder(), model.get_output_embeddings()
+        hidden = decoder(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt)[0]
         cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
-        logits, position_ids = logits.repeat_interleave(n, dim=0), position_ids[:, -1:].repeat_interleave(n, dim=0)
+        hidden, position_ids = (x[:, -1:].repeat_interleave(n, dim=0) for x in (hidden, position_ids))
         active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)  # active: rows being written
         for t in range(max_new_tokens):
-            logits = logits[:, -1].float()
+            logits = output_layer(hidden)[:, -1].float()
             if temperature not in (0, 1):
                 logits = logits / temperature
             probabilities = logits.softmax(dim=-1)
@@ -304,7 +304,7 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
                 cache.keep(keep)
             position_ids, cache.tokens = position_ids + 1, t + 1
             with attention(model, "shared_prompt"):
-                logits = model(token, position_ids=position_ids, past_key_values=cache, shared=cache).logits
+                hidden = decoder(token, position_ids=position_ids, past_key_values=cache, shared=cache)[0]
     return completion_ids[:, :t + 1], completion_mask[:, :t + 1], logps[:, :t + 1]
 
 
