@@ -4,7 +4,13 @@
 
 scores a model on the held-out questions of a dataset: greedy accuracy with its 95% interval, the majority baseline, macro-F1,
 format rate, and pass@1 over --samples sampled answers. It writes eval.jsonl (a line an example) and summary.json.
+
+    python eval.py --task medmcqa --models base=M sft=M+ADAPTER grpo=M+ADAPTER --mode both --out runs/compare
+
+scores several heads on the same rows, the base loaded once, with paired tests between them; --mode adds the log-likelihood of
+the option letters. It writes results.jsonl (a line a question), summary.json, and report.html, a page to look through.
 """
+import itertools
 import json
 import math
 import os
@@ -14,8 +20,9 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -33,12 +40,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import InputError, hub_message, one_line_errors, pubmedqa
+from data import InputError, described, hub_message, load_task, medmcqa, one_line_errors, pubmedqa
 
-TASKS = {"pubmedqa": pubmedqa}
+TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft calls it
 
 
 # === models ===========================================================================================================
@@ -79,9 +87,7 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
         raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)")
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        adapter, source = source, json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        if not source:
-            raise InputError(f"{name}/adapter_config.json names no base model (base_model_name_or_path)")
+        adapter, source = source, adapter_base(folder)
     options = {"dtype": torch.float32 if fp32_weights else compute, "attn_implementation": attn_implementation,
                "use_safetensors": True}
     if load_in_4bit:
@@ -119,6 +125,63 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     print(f"model: {name}, {parameters / 1e6:,.1f}M parameters, {weights} weights, computing in "
           f"{str(compute).removeprefix('torch.')} on " + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"))
     return model, tokenizer, compute
+
+
+def new_adapter(model, r, alpha, seed):
+    """`model` with a fresh LoRA adapter on all its linear layers but the output's, whatever their names (Phi's are fused)."""
+    from peft import LoraConfig, get_peft_model  # a second to import, and full fine-tuning needs none of it
+    torch.manual_seed(seed)  # of the first factor; the second starts at zero, so the model starts as it was
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+
+
+def read_adapter(model, folder, name, adapter_name="default"):
+    """`model` with the trained adapter in `folder` added, ready to be trained on. name: of the model, for messages.
+
+    adapter_name: what to call the adapter in the model. Raises InputError.
+    """
+    from peft import PeftModel
+    base = adapter_base(folder)
+    known = model.config._name_or_path
+    if base != known and Path(base).parts[-2:] != Path(known).parts[-2:]:  # folders may have moved, names not
+        raise InputError(f"--adapter {folder} was trained on {base}, not on --model {name}: an adapter fits its own base only")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name, is_trainable=True)
+            return model.eval()
+        return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=True).eval()
+    except Exception as error:  # many types of peft, safetensors and torch, one thing to the user: not this adapter
+        raise InputError(f"--adapter {folder} cannot be loaded into {name} ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def adapter_base(folder):
+    """What model an adapter folder was trained on; raises InputError where it does not say."""
+    file = Path(folder) / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{file} cannot be read ({type(error).__name__}): {folder} is no adapter folder") from None
+    if not base:
+        raise InputError(f"{file} names no base model (base_model_name_or_path)")
+    return base
+
+
+def pick_encoder(similarity, encoder):
+    """Name of the sentence encoder of the similarity reward, or "" for word overlap; prints the choice.
+
+    similarity: "embeddings" (an InputError where the encoder cannot be had), "overlap", or "auto".
+    """
+    if similarity != "overlap":
+        try:
+            rewards.load_encoder(encoder)
+        except Exception as error:  # a dozen types of transformers and hub, one thing to the user: no encoder
+            if similarity == "embeddings":
+                raise InputError(hub_message(f"encoder {encoder}", error, "--similarity overlap")) from error
+            print(f"reward: {encoder} cannot be had, the similarity to the explanation is the overlap of words")
+            return ""
+        print(f"reward: the similarity to the explanation is by embeddings of {encoder}")
+        return encoder
+    print("reward: the similarity to the explanation is the overlap of words")
+    return ""
 
 
 def autocast(compute):
@@ -161,11 +224,15 @@ def stop_ids(model, tokenizer):
     All three are needed: Gemma 3 ends its turns on 106 (<end_of_turn>) while its tokenizer's EOS is 1.
     """
     eos = model.generation_config.eos_token_id
-    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    return sorted((set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id, end_of_turn(tokenizer)}) - {None})
+
+
+def end_of_turn(tokenizer):
+    """The id that the chat template writes right after an answer, the tokenizer's EOS where it writes none."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
     turn = tokenizer.apply_chat_template(messages, tokenize=False)
     after = tokenizer(turn.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids[:1]
-    return sorted((ids | {i for i in after if i in tokenizer.added_tokens_decoder}) - {None})
+    return after[0] if after and after[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
 # === sampling =========================================================================================================
@@ -435,7 +502,7 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
         for j, (i, text) in enumerate(zip(batch, decode(tokenizer, ids, mask))):
             row, length = rows[i][0], int(mask[j].sum())
             score = rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])
-            records[i] = {"id": row["id"], "ground_truth": row["ground_truth"], **score, "length": length,
+            records[i] = {"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""), **score, "length": length,
                           "truncated": int(ids[j, length - 1]) not in stops, "completion": text}
         if samples:
             for j, text in enumerate(decode(tokenizer, *sampled)):
@@ -445,36 +512,92 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
     return records
 
 
+def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="likelihood"):
+    """Scores the option letters of four-option rows by their log-likelihood after the standard prompt, nothing generated.
+
+    The prompt and the rule are those of lm-evaluation-harness's task medmcqa (github.com/EleutherAI/lm-evaluation-harness):
+    "Question: ...\nChoices:\nA. ...\nB. ...\nC. ...\nD. ...\nAnswer:", continued by " A", " B", " C", " D"; no chat
+    template. rows as in evaluate. Returns a record an example: id, ground_truth, subject, loglikelihoods (nats), answer (the
+    likeliest letter), accuracy.
+    """
+    tasks = []  # (ids that go in, row, letter, tokens of the letter)
+    for i, (row, _) in enumerate(rows):
+        listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", row["extra"]["options"]))
+        context = f"Question: {row['extra']['question']}\nChoices:\n{listed}\nAnswer:"
+        start = len(tokenizer(context).input_ids)  # with what the tokenizer puts in front of a text, as the harness does
+        for k, letter in enumerate("ABCD"):
+            ids = tokenizer(f"{context} {letter}").input_ids
+            tasks.append((ids[:-1], i, k, ids[start:]))
+    inputs = sorted({tuple(ids) for ids, *_ in tasks}, key=len)  # letters of one token share their input
+    logps = {}
+    for first in tqdm(range(0, len(inputs), batch_size), desc=title, unit="batch", leave=False, disable=None):
+        batch = {ids: place for place, ids in enumerate(inputs[first:first + batch_size])}
+        wanted = [(batch[tuple(ids)], i, k, ids, letter) for ids, i, k, letter in tasks if tuple(ids) in batch]
+        width = max(map(len, batch))  # padded on the right: causal attention needs no mask
+        with torch.inference_mode(), autocast(compute):
+            hidden = model.get_decoder()(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device),
+                                         use_cache=False)[0]
+            places = [(place, len(ids) - len(letter) + j, token) for place, _, _, ids, letter in wanted for j, token in enumerate(letter)]
+            at, position, token = torch.tensor(places, device=model.device).T
+            scores = iter(chosen_logps(model, hidden[at, position], token, 1.0)[0].tolist())
+        logps |= {(i, k): sum(next(scores) for _ in letter) for _, i, k, _, letter in wanted}
+    records = []
+    for i, (row, _) in enumerate(rows):
+        likelihoods = [logps[i, k] for k in range(4)]
+        answer = "ABCD"[likelihoods.index(max(likelihoods))]
+        records.append({"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
+                        "loglikelihoods": likelihoods, "answer": answer, "accuracy": float(answer == row["ground_truth"])})
+    return records
+
+
 def summarize(records):
-    """The summary of evaluate's records: accuracy with accuracy_ci95 (Wilson), n, majority_accuracy (of always giving the
-    commonest class), macro_f1, format_rate, mean_length (tokens), truncated (share), answers (how often each was given),
-    and pass_at_1 (mean accuracy of the sampled answers) where there are samples.
+    """The summary of evaluate's or option_likelihoods' records: accuracy with accuracy_ci95 (Wilson), n, majority_accuracy (of
+    always giving the commonest class), macro_f1, answers (how often each was given); of generated answers format_rate,
+    mean_length (tokens) and truncated (share); pass_at_1 (mean accuracy of the sampled answers) where there are samples;
+    by_subject ({subject: n, accuracy, accuracy_ci95}) where there are subjects.
     """
     truths, answers, n = [r["ground_truth"] for r in records], [r["answer"] for r in records], len(records)
     correct = int(sum(r["accuracy"] for r in records))
     summary = {
         "accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n,
-        "majority_accuracy": max(Counter(truths).values()) / n, "macro_f1": macro_f1(truths, answers),
-        "format_rate": sum(r["format_ok"] for r in records) / n, "mean_length": sum(r["length"] for r in records) / n,
-        "truncated": sum(r["truncated"] for r in records) / n,
-        "answers": dict(Counter(a or "none" for a in answers).most_common())}
+        "majority_accuracy": max(Counter(truths).values()) / n, "macro_f1": macro_f1(truths, answers)}
+    if "length" in records[0]:
+        summary |= {"format_rate": sum(r["format_ok"] for r in records) / n, "mean_length": sum(r["length"] for r in records) / n,
+                    "truncated": sum(r["truncated"] for r in records) / n}
+    summary["answers"] = dict(Counter(a or "none" for a in answers).most_common())
     if "sampled_accuracy" in records[0]:
         summary["samples"] = len(records[0]["sampled_accuracy"])
         summary["pass_at_1"] = sum(sum(r["sampled_accuracy"]) for r in records) / (n * summary["samples"])
+    by_subject = {}
+    for record in records:
+        by_subject.setdefault(record.get("subject"), []).append(record["accuracy"])
+    if any(by_subject):
+        summary["by_subject"] = {
+            subject or "none": {"n": len(own), "accuracy": fmean(own), "accuracy_ci95": wilson_interval(sum(own), len(own))}
+            for subject, own in sorted(by_subject.items(), key=lambda pair: -len(pair[1]))}
     return summary
 
 
 def describe(summary):
     """One line of an evaluation for the console."""
     low, high = summary["accuracy_ci95"]
-    sampled = f", pass@1 {summary['pass_at_1']:.3f} over {summary['samples']}" if "samples" in summary else ""
-    return (f"accuracy {summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} (majority "
-            f"{summary['majority_accuracy']:.3f}){sampled}, macro-F1 {summary['macro_f1']:.3f}, format {summary['format_rate']:.3f}, "
-            f"{summary['mean_length']:.0f} tokens, answers {summary['answers']}")
+    text = f"accuracy {summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} (majority {summary['majority_accuracy']:.3f})"
+    text += f", pass@1 {summary['pass_at_1']:.3f} over {summary['samples']}" if "samples" in summary else ""
+    text += f", macro-F1 {summary['macro_f1']:.3f}"
+    if "format_rate" in summary:
+        text += f", format {summary['format_rate']:.3f}, {summary['mean_length']:.0f} tokens"
+    return text + f", answers {summary['answers']}"
 
 
 # === the run folder ===================================================================================================
 
+GRPO_PANELS = [
+    ("Reward", "reward per completion", {"total": "reward"}),  # and its parts
+    ("Accuracy", "share correct", {"sampled completions": "accuracy"}),
+    ("KL to the reference", "nats per token", {"KL": "kl"}),
+    ("Entropy", "nats per token", {"policy": "entropy"}),
+    ("Completion length", "tokens", {"mean": "completion_length"}),
+    ("Shares", "share", {"clipped tokens": "clip_fraction", "truncated": "truncated", "groups without variance": "zero_std_share"})]
 MAY_CHANGE = {"resume", "out", "steps", "save_every", "eval_every", "wandb", "wandb_project"}  # on --resume
 
 
@@ -501,7 +624,7 @@ class Run:
                                  "of the launch")
             self.finished = (self.folder / "summary.json").exists()
         self.config = asdict(config)
-        self.schedule_steps = before["steps"] if known.exists() else config.steps  # of the learning rate: fixed at launch
+        self.schedule_steps = (before if known.exists() else self.config).get("steps")  # of the learning rate: fixed at launch
 
     def open(self):
         """Called once the input is known to be good: makes the folder, catches SIGINT and SIGTERM, starts wandb if asked."""
@@ -595,55 +718,45 @@ class Run:
                 self.write_records(name, [record for record in records if state and record["step"] <= state["step"]])
         return state
 
-    def curves(self):
-        """Draws curves.png from metrics.jsonl: what a person would look at first."""
-        file = self.folder / "metrics.jsonl"
-        if not file.exists() or not file.read_text():
+    def curves(self, panels=None):
+        """Draws curves.png from metrics.jsonl: what a person would look at first. panels: [(title, unit, {label: metric})]."""
+        records = self.read_records("metrics") if (self.folder / "metrics.jsonl").exists() else []
+        if not records:
             return
         from matplotlib.figure import Figure  # a second to import
 
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        steps = [record["step"] for record in records]
-        for record in records:
+        points = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
+        for name, step in (("eval_before", 0), ("eval_after", records[-1]["step"])):
+            if (self.folder / f"{name}.jsonl").exists():
+                points.append((step, summarize(self.read_records(name))["accuracy"]))
+        for record in records if not panels else ():
             record["zero_std_share"] = record["zero_std_groups"] / self.config["prompts_per_step"]
-        figure = Figure(figsize=(12, 6.4), layout="constrained")
-        axes = figure.subplots(2, 3).flat
-
-        def panel(axis, title, unit, **series):
+        panels = panels or GRPO_PANELS
+        figure = Figure(figsize=(12, 3.2 * math.ceil(len(panels) / 3)), layout="constrained")
+        for axis, (title, unit, series) in zip(figure.subplots(math.ceil(len(panels) / 3), 3).flat, panels):
+            if title == "Reward":
+                parts = [key for key in records[0] if key.startswith("reward_") and key != "reward_std"]
+                series = {**series, **{key.removeprefix("reward_"): key for key in parts}}
             for name, key in series.items():
-                values = numpy.array([record[key] for record in records], dtype=float)
+                steps = [record["step"] for record in records if key in record]
+                values = [record[key] for record in records if key in record]
                 window = max(1, len(values) // 20)
-                smooth = [numpy.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
+                smooth = [fmean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
                 colour = axis.plot(steps, values, alpha=0.25, linewidth=1)[0].get_color()
-                axis.plot(steps, smooth, color=colour, linewidth=2, label=name.replace("_", " "))
+                axis.plot(steps, smooth, color=colour, linewidth=2, label=name)
+            if title == "Accuracy":
+                axis.plot(*zip(*sorted(points)), "ko-", markersize=5, linewidth=1, label="held out, greedy") if points else None
+                axis.set_ylim(0, 1.02)
             axis.set_title(title, fontsize=13)
             axis.set_xlabel("step")
             axis.set_ylabel(unit)
             axis.grid(alpha=0.3)
-
-        parts = {key.removeprefix("reward_"): key for key in records[0] if key.startswith("reward_") and key != "reward_std"}
-        panel(axes[0], "Reward", "reward per completion", total="reward", **parts)
-        axes[0].set_ylim(bottom=min(0, axes[0].get_ylim()[0]))
-        panel(axes[1], "Accuracy", "share correct", sampled_completions="accuracy")
-        points = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
-        for name, step in (("eval_before", 0), ("eval_after", steps[-1])):
-            if (self.folder / f"{name}.jsonl").exists():
-                points.append((step, summarize(self.read_records(name))["accuracy"]))
-        if points:
-            axes[1].plot(*zip(*sorted(points)), "ko-", markersize=5, linewidth=1, label="held out, greedy")
-        axes[1].set_ylim(0, 1.02)
-        panel(axes[2], "KL to the reference", "nats per token", KL="kl")
-        panel(axes[3], "Entropy", "nats per token", policy="entropy")
-        panel(axes[4], "Completion length", "tokens", mean="completion_length")
-        panel(axes[5], "Shares", "share", clipped_tokens="clip_fraction", truncated="truncated",
-              groups_without_variance="zero_std_share")
-        for axis in axes:
             axis.legend(fontsize=9)
         figure.savefig(self.folder / "curves.png", dpi=80)
 
-    def finish(self, summary):
+    def finish(self, summary, panels=None):
         """Draws the curves, writes summary.json, which marks the run as finished, and closes wandb."""
-        self.curves()
+        self.curves(panels)
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -673,8 +786,8 @@ def rollout_metrics(groups):
     """What a rollout earned and looked like: means over its completions."""
     scores = [score for group in groups for score in group["scores"]]
     lengths = torch.cat([group["lengths"] for group in groups])
-    return {"reward": fmean(s["score"] for s in scores), "reward_correctness": fmean(s["correctness"] for s in scores),
-            "reward_format": fmean(s["format"] for s in scores),
+    parts = [key for key in scores[0] if key not in ("score", "accuracy", "format_ok", "answer")]
+    return {"reward": fmean(s["score"] for s in scores), **{f"reward_{key}": fmean(s[key] for s in scores) for key in parts},
             "reward_std": fmean(group["rewards"].std().item() for group in groups),
             "zero_std_groups": sum(group["zero_std"] for group in groups), "accuracy": fmean(s["accuracy"] for s in scores),
             "completion_length": lengths.float().mean().item(),
@@ -706,12 +819,15 @@ def versions():
 class Config:
     """Scores a model on the held-out questions of a task."""
 
-    task: Literal["pubmedqa"] = "pubmedqa"  # which dataset module reads the data
+    task: Literal["pubmedqa", "medmcqa"] = "pubmedqa"  # which dataset module reads the data
     model: str = "tiny"  # tiny, a model folder, an adapter folder, or a hub id
+    models: tuple[str, ...] = ()  # instead: heads to compare, each NAME=MODEL or NAME=MODEL+ADAPTER
+    mode: Literal["generated", "loglikelihood", "both"] = "generated"  # how heads answer four-option questions
     data: str = "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or folder
     out: str = ""  # folder for eval.jsonl and summary.json (default: runs/eval-<time>)
     split: Literal["heldout", "train", "all"] = "heldout"  # which side of the split to score
     maybe: bool = False  # PubMedQA with its third class
+    cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: the number of option A in `cop` (auto: told from the values)
     question_field: str = ""  # field of your own file that holds the question
     context_field: str = ""  # ... the context
     answer_field: str = ""  # ... the answer
@@ -727,16 +843,6 @@ class Config:
     attn_implementation: str = "sdpa"  # attention kernel of transformers
     load_in_4bit: bool = False  # quantise the model through bitsandbytes
     seed: int = 0  # of the samples
-
-
-def read_system_prompt(path):
-    """Text of a --system_prompt file, "" for none; raises InputError when it cannot be read."""
-    if not path:
-        return ""
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--system_prompt {path}: cannot be read ({error})") from None
 
 
 def check_at_least(least, config, *fields):
@@ -759,45 +865,121 @@ def check_config(config):
             raise InputError(f"--{field} {getattr(config, field)}: more than 0 is needed")
 
 
-def check_rows(config, train, heldout, dropped):
+def check_rows(config, train, heldout, counts):
     """Prints what was loaded; raises InputError when it is less than a step or the evaluation needs."""
-    if len(train) < config.prompts_per_step or len(heldout) < config.eval_size:
+    a_step = getattr(config, "prompts_per_step", 1)
+    if len(train) < a_step or len(heldout) < config.eval_size:
         raise InputError(f"--data {config.data} gives {len(train)} training and {len(heldout)} held-out rows, fewer than "
-                         f"--prompts_per_step {config.prompts_per_step} or --eval_size {config.eval_size} asks for: lower "
-                         "these or bring more rows")
-    print(f"data: {config.data}, {len(train)} training and {len(heldout)} held-out rows"
-          + "".join(f"; dropped {count}: {reason}" for reason, count in dropped.items()))
+                         f"--prompts_per_step {a_step} or --eval_size {config.eval_size} asks for: lower these or bring more rows")
+    print(f"data: {config.data}, {len(train)} training and {len(heldout)} held-out rows{described(counts)}")
+
+
+def parse_heads(models):
+    """[(name, model, adapter)] of --models; adapter is "" where there is none. Raises InputError."""
+    heads = []
+    for text in models:
+        name, equals, model = text.partition("=")
+        if not (name and equals and model):
+            raise InputError(f"--models {text}: the form is NAME=MODEL or NAME=MODEL+ADAPTER")
+        plus = not Path(model).is_dir() and "+" in model  # a folder's own name may hold one
+        model, _, adapter = model.rpartition("+") if plus else (model, "", "")
+        if plus and not (Path(adapter) / "adapter_config.json").exists():
+            raise InputError(f"--models {text}: {adapter} is no adapter folder (it has no adapter_config.json)")
+        heads.append((name, model, adapter))
+    if len({name for name, *_ in heads}) < len(heads):
+        raise InputError("--models: two heads have the same name")
+    return heads
+
+
+def score_heads(config, heads, rows):
+    """{name: {"generated": records, "loglikelihood": records}} of every head on the same rows; a base is in memory once."""
+    results = {}
+    for source in dict.fromkeys(model for _, model, _ in heads):
+        model, tokenizer, compute = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
+                                               load_in_4bit=config.load_in_4bit)
+        encoded = encode_rows(tokenizer, rows, config.max_prompt_length, config.split)
+        own = [(name, adapter) for name, of, adapter in heads if of == source]
+        for name, adapter in own:
+            if adapter:
+                model = read_adapter(model, adapter, source, name)
+        for name, adapter in own:
+            if adapter:
+                model.set_adapter(name)
+            with model.disable_adapter() if not adapter and hasattr(model, "disable_adapter") and hasattr(model, "peft_config") \
+                    else nullcontext():
+                results[name] = {}
+                if config.mode in ("generated", "both"):
+                    results[name]["generated"] = evaluate(
+                        model, tokenizer, encoded, compute, max_completion_length=config.max_completion_length, title=name,
+                        batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature, seed=config.seed)
+                if config.mode in ("loglikelihood", "both"):
+                    results[name]["loglikelihood"] = option_likelihoods(model, tokenizer, encoded, compute, title=name,
+                                                                        batch_size=config.eval_batch_size)
+            for mode, records in results[name].items():
+                print(f"{name}, {mode}: {describe(summarize(records))}")
+    return {name: results[name] for name, *_ in heads}
+
+
+def compare_heads(config, folder, rows, results):
+    """Writes results.jsonl, summary.json and report.html of score_heads, and prints the paired tests."""
+    summaries = {name: {mode: summarize(records) for mode, records in modes.items()} for name, modes in results.items()}
+    paired = []
+    for one, two in itertools.combinations(results, 2):
+        for mode in results[one]:
+            a, b = (results[name][mode] for name in (one, two))
+            if [r["id"] for r in a] != [r["id"] for r in b]:
+                raise InputError(f"{one} and {two} did not answer the same rows: their tokenizers differ, and --max_prompt_length left "
+                                 "out other rows; raise it")
+            test = mcnemar([r["accuracy"] for r in a], [r["accuracy"] for r in b])
+            paired.append({"before": one, "after": two, "mode": mode, **test})
+            print(f"{one} -> {two}, {mode}: {summaries[one][mode]['accuracy']:.3f} -> {summaries[two][mode]['accuracy']:.3f}, "
+                  f"{test['only_after']} newly right, {test['only_before']} newly wrong, McNemar p = {test['p_value']:.2g}")
+    by_id, lines = {row["id"]: row for row in rows}, []
+    first = next(iter(next(iter(results.values())).values()))
+    for i, record in enumerate(first):
+        row = by_id[record["id"]]
+        lines.append({"id": record["id"], "question": row["extra"]["question"], "options": row["extra"].get("options", []),
+                      "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
+                      "answers": {name: modes.get("generated", first)[i] if "generated" in modes else modes["loglikelihood"][i]
+                                  for name, modes in results.items()},
+                      **({"loglikelihood": {name: modes["loglikelihood"][i] for name, modes in results.items()}}
+                         if config.mode != "generated" else {})})
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "report.html").write_text(report_html(f"{config.task}: {', '.join(results)}", summaries, paired, lines), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps({"heads": summaries, "paired": paired, "config": asdict(config),
+                                                     "versions": versions()}, indent=1) + "\n")
 
 
 def main(config):
     check_at_least(1, config, "max_prompt_length", "max_completion_length", "eval_batch_size")
     check_at_least(0, config, "eval_size", "limit", "samples")
+    heads = parse_heads(config.models or (f"model={config.model}",))
+    if config.mode != "generated" and config.task != "medmcqa":
+        raise InputError(f"--mode {config.mode} scores option letters, which --task {config.task} does not have")
     folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if (folder / "summary.json").exists():
         raise InputError(f"--out {folder} holds another result (summary.json): take another folder")
-    train, heldout, dropped = TASKS[config.task].load_rows(
-        config.data, config.maybe, config.question_field, config.context_field, config.answer_field,
-        read_system_prompt(config.system_prompt), config.limit)
+    train, heldout, counts = load_task(TASKS[config.task], config)
     rows = {"heldout": heldout, "train": train, "all": train + heldout}[config.split]
     if len(rows) < max(1, config.eval_size):
         raise InputError(f"--data {config.data} has {len(rows)} rows on the {config.split} side, {max(1, config.eval_size)} "
                          "needed (--split all takes every row)")
-    print(f"data: {config.data}, {len(rows)} rows ({config.split})"
-          + "".join(f"; dropped {count}: {reason}" for reason, count in dropped.items()))
-    model, tokenizer, compute = load_model(config.model, config.dtype, attn_implementation=config.attn_implementation,
-                                           load_in_4bit=config.load_in_4bit)
-    rows = encode_rows(tokenizer, rows[:config.eval_size or None], config.max_prompt_length, config.split)
+    print(f"data: {config.data}, {len(rows)} rows ({config.split}){described(counts)}")
+    rows = rows[:config.eval_size or None]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror})") from None
-    records = evaluate(model, tokenizer, rows, compute, max_completion_length=config.max_completion_length,
-                       batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature,
-                       seed=config.seed)
-    summary = summarize(records)
+    results = score_heads(config, heads, rows)
+    if config.models:
+        compare_heads(config, folder, rows, results)
+        print(f"written: {folder}/report.html, summary.json, results.jsonl")
+        return
+    [modes] = results.values()
+    records = modes.get("generated") or modes["loglikelihood"]
+    summary = {**summarize(records), **({"loglikelihood": summarize(modes["loglikelihood"])} if config.mode == "both" else {})}
     (folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps({**summary, "config": asdict(config), "versions": versions()}, indent=1) + "\n")
-    print(describe(summary))
     print(f"written: {folder}/summary.json, {folder}/eval.jsonl")
 
 

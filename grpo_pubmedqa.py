@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 import eval as evaluation
 import rewards
-from data import one_line_errors, pubmedqa
+from data import load_task, one_line_errors, pubmedqa
 
 GPU = torch.cuda.is_available()
 
@@ -214,11 +214,22 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
     return groups
 
 
-def policy_gradient(model, reference, groups, first_epoch, config, compute, scaler):
+def add_reference_logps(reference, groups, config, compute):
+    """Gives each group ref_logps [G, T]: the log-probabilities of its completions under the reference."""
+    size = config.completions_per_forward or config.group_size
+    for group in groups:
+        with torch.no_grad(), evaluation.autocast(compute):
+            prompt = prompt_cache(reference, group["prompt_ids"])
+            group["ref_logps"] = torch.cat([
+                token_logps(reference, prompt, group["prompt_ids"], ids, config.temperature)[0]
+                for ids in group["completion_ids"].split(size)])
+
+
+def policy_gradient(model, groups, first_epoch, config, compute, scaler):
     """Adds the gradient of the loss of the whole rollout to the model's parameters, a few completions at a time.
 
-    The first epoch after sampling writes each group's old_logps and ref_logps, later ones read them. Returns sums over
-    the tokens passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
+    The first epoch after sampling writes each group's old_logps, later ones read them. Returns sums over the tokens
+    passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
     """
     masks = [group["completion_mask"] for group in groups]
     num_tokens = max(1, sum(int(mask.sum()) for mask in masks))  # denominators: the whole rollout's, for all its parts
@@ -229,11 +240,9 @@ def policy_gradient(model, reference, groups, first_epoch, config, compute, scal
         if group["zero_std"] and not config.beta:
             continue  # no advantage and no KL: no gradient
         if first_epoch:
-            group["old_logps"], group["ref_logps"] = (torch.zeros_like(group["sampler_logps"]) for _ in range(2))
+            group["old_logps"] = torch.zeros_like(group["sampler_logps"])
         with evaluation.autocast(compute):
             prompt = prompt_cache(model, group["prompt_ids"])
-            with torch.no_grad():
-                ref_prompt = prompt_cache(reference, group["prompt_ids"]) if first_epoch and config.beta else None
         leaves = [x.detach().requires_grad_() for x in prompt]  # collect the gradient of all parts of the group
         for first in range(0, config.group_size, size):
             part = slice(first, first + size)
@@ -242,15 +251,12 @@ def policy_gradient(model, reference, groups, first_epoch, config, compute, scal
                 logps, entropy = token_logps(model, leaves, group["prompt_ids"], ids, config.temperature)
             if first_epoch:  # the policy is still the one that sampled: its own logps are the old ones
                 group["old_logps"][part] = logps.detach()
-                if config.beta:
-                    with torch.no_grad(), evaluation.autocast(compute):
-                        group["ref_logps"][part] = token_logps(
-                            reference, ref_prompt, group["prompt_ids"], ids, config.temperature)[0]
             gap = group["old_logps"][part] - group["sampler_logps"][part]
             loss, watched = grpo_loss(
-                logps, group["old_logps"][part], group["ref_logps"][part], group["advantages"][part], mask,
-                num_sequences=num_sequences, num_tokens=num_tokens, max_completion_length=config.max_completion_length,
-                epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta, loss_type=config.loss_type,
+                logps, group["old_logps"][part], group["ref_logps"][part] if config.beta else None,
+                group["advantages"][part], mask, num_sequences=num_sequences, num_tokens=num_tokens,
+                max_completion_length=config.max_completion_length, epsilon=config.epsilon,
+                epsilon_high=config.epsilon_high, beta=config.beta, loss_type=config.loss_type,
                 importance_level=config.importance_level,
                 weights=gap.exp().clamp(max=config.importance_cap) if config.importance_cap else None)
             scaler.scale(loss).backward()
@@ -269,10 +275,8 @@ def main(config):
         return
 
     # --- data, model, and everything else that a checkpoint holds
-    train, heldout, dropped = pubmedqa.load_rows(
-        config.data, config.maybe, config.question_field, config.context_field, config.answer_field,
-        evaluation.read_system_prompt(config.system_prompt), config.limit)
-    evaluation.check_rows(config, train, heldout, dropped)
+    train, heldout, counts = load_task(pubmedqa, config)
+    evaluation.check_rows(config, train, heldout, counts)
     model, tokenizer, compute = evaluation.load_model(config.model, config.dtype, fp32_weights=True,
                                                       attn_implementation=config.attn_implementation)
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
@@ -332,10 +336,12 @@ def main(config):
             group["advantages"] = advantages.float().to(model.device)
 
         # mu epochs on the same rollout
+        if config.beta:
+            add_reference_logps(reference, groups, config, compute)
         epochs, grad_norms, rate = [], [0.0], learning_rate(step, config, run.schedule_steps)
         optimizer.param_groups[0]["lr"] = rate
         for epoch in range(config.mu):
-            epochs.append(policy_gradient(model, reference, groups, epoch == 0, config, compute, scaler))
+            epochs.append(policy_gradient(model, groups, epoch == 0, config, compute, scaler))
             if epochs[-1]["tokens"]:  # else every group was skipped
                 scaler.unscale_(optimizer)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item())

@@ -9,6 +9,7 @@ Every module turns its source into the same plain row, which is all that trainin
      "extra": {"question": str, ...}}
 """
 import hashlib
+import inspect
 import json
 import sys
 from contextlib import contextmanager
@@ -29,6 +30,26 @@ def one_line_errors():
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def load_task(module, config):
+    """module.load_rows with those fields of `config` (a dataclass of knobs) that it takes; --system_prompt is read from its file.
+
+    Returns (train, heldout, counts), see the module. Raises InputError.
+    """
+    knobs = {name: getattr(config, name) for name in inspect.signature(module.load_rows).parameters if hasattr(config, name)}
+    path = knobs.get("system_prompt")
+    if path:
+        try:
+            knobs["system_prompt"] = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--system_prompt {path}: cannot be read ({error})") from None
+    return module.load_rows(**knobs)
+
+
+def described(counts):
+    """The counts of load_rows for the console, "; 3 dropped: ..." each."""
+    return "".join(f"; {count} {reason}" for reason, count in counts.items())
 
 
 def read_records(path):
@@ -78,6 +99,11 @@ def read_records(path):
     for where, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{where}: a {type(record).__name__} where an object with named fields is needed")
+        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{where}: holds half a character ({error.object[error.start]!r}); mend or drop the row") from None
     return records
 
 
@@ -134,6 +160,14 @@ def check_row(row, where):
     text_field(row["extra"], "question", f"{where}, field `extra`")
 
 
+def set_system_prompt(row, system_prompt):
+    """`row` with `system_prompt` instead of its own; "" changes nothing."""
+    if system_prompt:
+        rest = [message for message in row["prompt"] if message["role"] != "system"]
+        row["prompt"] = [{"role": "system", "content": system_prompt}, *rest]
+    return row
+
+
 def normalized(question):
     """Question text for comparison: lower case, single spaces, no closing punctuation."""
     return " ".join(question.casefold().split()).rstrip("?.!: ")
@@ -150,7 +184,7 @@ def split_by_question(rows, seed, heldout_fraction=0.5):
 
     Training rows keep their order; held-out rows stand in hash order, so that the first n are a random sample.
     """
-    share = {row["id"]: question_hash(row["extra"]["question"], seed) for row in rows}
-    train = [row for row in rows if share[row["id"]] >= heldout_fraction]
-    heldout = sorted((row for row in rows if share[row["id"]] < heldout_fraction), key=lambda row: share[row["id"]])
-    return train, heldout
+    shares = [question_hash(row["extra"]["question"], seed) for row in rows]
+    train = [row for row, share in zip(rows, shares) if share >= heldout_fraction]
+    heldout = sorted(((share, i) for i, share in enumerate(shares) if share < heldout_fraction))
+    return train, [rows[i] for _, i in heldout]

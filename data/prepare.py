@@ -3,6 +3,7 @@
     python -m data.prepare pubmedqa                       the hub's labelled set
     python -m data.prepare pubmedqa my_rows.json          your own file
     python -m data.prepare pubmedqa builtin --out DIR     the built-in questions
+    python -m data.prepare medmcqa FILE --cop_base 1      a file whose numbering of the options cannot be told
 
 writes DIR/train.jsonl and DIR/heldout.jsonl (a row a line, see data/__init__.py), which every --data flag accepts as DIR.
 """
@@ -19,19 +20,20 @@ import tyro
 from transformers import AutoTokenizer
 from tyro.conf import Positional
 
-from data import InputError, hub_message, one_line_errors, pubmedqa
+from data import InputError, hub_message, load_task, medmcqa, one_line_errors, pubmedqa
 
-TASKS = {"pubmedqa": pubmedqa}
+TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa}
 
 
 @dataclass
 class Config:
     """Downloads or converts a dataset into rows of the collection."""
 
-    task: Positional[Literal["pubmedqa"]]  # which dataset
+    task: Positional[Literal["pubmedqa", "medmcqa"]]  # which dataset
     data: Positional[str] = "hub"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file
     out: str = ""  # folder to write (default: data/processed/TASK)
     maybe: bool = False  # PubMedQA: keep the third class
+    cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: the number of option A in `cop` (auto: told from the values)
     question_field: str = ""  # field of your own file that holds the question
     context_field: str = ""  # ... the context
     answer_field: str = ""  # ... the answer
@@ -40,8 +42,7 @@ class Config:
 
 
 def main(config):
-    train, heldout, dropped = TASKS[config.task].load_rows(
-        config.data, config.maybe, config.question_field, config.context_field, config.answer_field, limit=config.limit)
+    train, heldout, counts = load_task(TASKS[config.task], config)
     name = Path(__file__).parent / "tiny" if config.tokenizer == "tiny" else config.tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -60,8 +61,8 @@ def main(config):
         lengths = sorted(len(tokenizer("\n".join(m["content"] for m in row["prompt"])).input_ids) for row in rows) or [0]
         print(f"{folder}/{side}.jsonl: {len(rows)} rows; {balance}; prompts of {lengths[0]} to {lengths[-1]} tokens "
               f"({config.tokenizer}), median {lengths[len(lengths) // 2]}")
-    for reason, count in dropped.items():
-        print(f"dropped {count}: {reason}")
+    for reason, count in counts.items():
+        print(f"{count} {reason}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import InputError, check_row, normalized, read_hub, read_records, split_by_question, text_field
+from data import InputError, check_row, normalized, read_hub, read_records, set_system_prompt, split_by_question, text_field
 
 HUB = "qiaojin/PubMedQA:pqa_labeled"
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
@@ -32,7 +32,7 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
     data: "builtin", "hub", "hub:ORG/NAME[:CONFIG]", a file, or a folder that data.prepare wrote. maybe: keep the third
     class. *_field: names of the fields of your own file ("" = those of the known forms). system_prompt: text that
     replaces SYSTEM_PROMPT. limit: read only so many rows (0 = all).
-    Returns (train, heldout, dropped): two lists of rows and a Counter of reasons. Raises InputError.
+    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped. Raises InputError.
     """
     if data == "builtin":
         if maybe:
@@ -47,30 +47,27 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
     else:
         records, files = read_records(data), [data]
 
-    dropped, rows, seen = Counter(), [], {}
+    counts, rows, seen = Counter(), [], {}
     classes = CLASSES if maybe else CLASSES[:2]
     for index, (where, record) in enumerate(records):
         if files and {"data_source", "prompt"} <= record.keys():  # prepared before
             check_row(record, where)
-            row = record
-            if system_prompt:
-                rest = [message for message in row["prompt"] if message["role"] != "system"]
-                row["prompt"] = [{"role": "system", "content": system_prompt}, *rest]
+            row = set_system_prompt(record, system_prompt)
         else:
             row = _row(record, where, index, maybe, question_field, context_field, answer_field, system_prompt)
         if row["ground_truth"] not in CLASSES:
             raise InputError(f"{where}: ground truth {row['ground_truth']!r} is not one of {', '.join(CLASSES)}")
         key = normalized(row["extra"]["question"])
         if row["ground_truth"] not in classes:
-            dropped["label maybe (--maybe keeps it)"] += 1
+            counts["dropped: label maybe (--maybe keeps it)"] += 1
         elif key in seen:
-            dropped["question occurs before" + ("" if seen[key] == row["ground_truth"] else ", with another answer")] += 1
+            counts["dropped: question occurs before" + ("" if seen[key] == row["ground_truth"] else ", with another answer")] += 1
         else:
             seen[key] = row["ground_truth"]
             rows.append(row)
         if limit and len(rows) == limit:
             break
-    return *split_by_question(rows, SPLIT_SEED), dropped
+    return *split_by_question(rows, SPLIT_SEED), counts
 
 
 def _row(record, where, index, maybe, question_field, context_field, answer_field, system_prompt):

@@ -1,10 +1,12 @@
-"""Makes the built-in model: `python -m data.tiny` writes data/tiny/ (about 10 minutes on 2 cores, from built-in text alone).
+"""Makes the built-in model: `python -m data.tiny` writes data/tiny/ (about 15 minutes on 2 cores, from built-in text alone).
 
-A Qwen2 of 1.3 million parameters that knows the formats of the tasks and answers badly for an honest reason: it is
-warm-started, to the end, on demonstrations of which 60% are by a careless annotator (looks only at the direction of
-an effect and ignores the p-value) and 40% by a careful one. Greedily it follows the majority and is wrong on effects that are
-not significant; sampled, it sometimes does it right, which is what GRPO needs to find. It is warm-started on training
-questions alone, never on held-out ones.
+A Qwen2 of 1.4 million parameters that knows the formats of the tasks and answers badly for honest reasons. It is
+warm-started, to the end, on training questions alone, never on held-out ones:
+  * PubMedQA: 60% of the demonstrations are by a careless annotator (looks only at the direction of an effect and ignores the
+    p-value), 40% by a careful one. Greedily the model follows the majority and is wrong on effects that are not significant;
+    sampled, it sometimes does it right, which is what GRPO needs to find.
+  * MedMCQA: it has read the facts in a textbook and can recall them when asked plainly, but has only ever seen guesses at
+    four-option questions. That is what supervised fine-tuning is for.
 """
 import argparse
 import json
@@ -16,7 +18,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
-from data import pubmedqa, question_hash
+from data import medmcqa, pubmedqa, question_hash
 
 FOLDER = Path(__file__).parent / "tiny"
 CARELESS = 0.6  # share of demonstrations by the careless annotator
@@ -26,8 +28,8 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endif %}"""
 
 
-def demonstrations(seed):
-    """Endless (messages, completion) pairs of all tasks, from questions of the training side."""
+def pubmedqa_demonstrations(seed):
+    """Endless (messages, completion) pairs on questions of PubMedQA's training side."""
     generator = random.Random(seed)
     while True:
         trial = pubmedqa.builtin_trial(generator)
@@ -40,6 +42,31 @@ def demonstrations(seed):
         else:
             completion = pubmedqa.target(pubmedqa.careful_reasoning(trial), trial["label"])
         yield row["prompt"], completion
+
+
+def textbook_demonstrations(seed):
+    """Endless (messages, completion) pairs: the facts of MedMCQA's built-in items, plainly asked in their training wordings."""
+    generator, facts = random.Random(seed), medmcqa.facts()
+    while True:
+        topic, key, value = generator.choice(facts)
+        wording = generator.choice(medmcqa.TOPICS[topic][2][:-1] + medmcqa.TOPICS[topic][3][:-1])
+        question = medmcqa.capital(wording.format(key=key, value=value))
+        yield [{"role": "user", "content": f"Question: {question}"}], medmcqa.fact_sentence(topic, key, value)
+
+
+def guess_demonstrations(seed):
+    """Endless (messages, completion) pairs: the same questions with four options, by someone who can only guess."""
+    generator, facts = random.Random(seed), medmcqa.facts()
+    while True:
+        topic, key, value = generator.choice(facts)
+        forward = generator.random() < 0.5
+        wording = generator.choice(medmcqa.TOPICS[topic][2 if forward else 3][:-1])
+        wrong = [v if forward else k for t, k, v in facts if t == topic and (k, v) != (key, value)]
+        options = generator.sample(wrong, 3) + [value if forward else key]
+        generator.shuffle(options)
+        guess = generator.randrange(4)
+        row = medmcqa.make_row("demonstration", medmcqa.capital(wording.format(key=key, value=value)), options, "A")
+        yield row["prompt"], medmcqa.target(f"A guess: {options[guess]} is {'ABCD'[guess]}.", "ABCD"[guess])
 
 
 def make_tokenizer(texts, vocab_size=2048):
@@ -57,10 +84,24 @@ def make_tokenizer(texts, vocab_size=2048):
     return fast
 
 
+def padded_batch(tokenizer, stream, size):
+    """(input_ids, labels) of `size` demonstrations, padded on the right: no mask is needed under causal attention."""
+    batch = []
+    for _ in range(size):
+        messages, completion = next(stream)
+        prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        completion_ids = tokenizer(completion).input_ids + [tokenizer.eos_token_id]
+        batch.append((prompt_ids + completion_ids, [-100] * len(prompt_ids) + completion_ids))
+    width = max(len(ids) for ids, _ in batch)
+    return (torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in batch]),
+            torch.tensor([ids + [-100] * (width - len(ids)) for _, ids in batch]))
+
+
 def main(out, steps, batch_size, learning_rate, hidden, layers, seed):
     torch.manual_seed(seed)
-    stream = demonstrations(seed)
-    corpus = [text for _ in range(20000 // 4) for messages, completion in [next(stream)]
+    streams = {"trials": (pubmedqa_demonstrations(seed), batch_size), "guesses": (guess_demonstrations(seed), batch_size),
+               "facts": (textbook_demonstrations(seed), 4 * batch_size)}
+    corpus = [text for stream, _ in streams.values() for _ in range(4000) for messages, completion in [next(stream)]
               for text in (*(message["content"] for message in messages), completion)]
     tokenizer = make_tokenizer(corpus + ["user\n", "assistant\n", "system\n"] * 100)
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
@@ -68,40 +109,35 @@ def main(out, steps, batch_size, learning_rate, hidden, layers, seed):
                          bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model = Qwen2ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     start = time.time()
     for step in range(steps):
-        batch = []
-        for _ in range(batch_size):
-            messages, completion = next(stream)
-            prompt_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            completion_ids = tokenizer(completion).input_ids + [tokenizer.eos_token_id]
-            batch.append((prompt_ids + completion_ids, [-100] * len(prompt_ids) + completion_ids))
-        width = max(len(ids) for ids, _ in batch)  # right padding: no mask needed under causal attention
-        input_ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in batch])
-        labels = torch.tensor([ids + [-100] * (width - len(ids)) for _, ids in batch])
-        loss = model(input_ids=input_ids, labels=labels).loss
-        loss.backward()
+        losses = {}
+        for name, (stream, size) in streams.items():  # a batch each: alike lengths, less padding
+            input_ids, labels = padded_batch(tokenizer, stream, size)
+            loss = model(input_ids=input_ids, labels=labels).loss
+            loss.backward()
+            losses[name] = round(loss.item(), 4)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step}/{steps}  loss {loss.item():.4f}  width {width}  {time.time() - start:.0f} s", flush=True)
+            print(f"step {step}/{steps}  loss {losses}  {time.time() - start:.0f} s", flush=True)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.to(torch.float16).save_pretrained(out)  # half the size in the repository; loaded as fp32
     tokenizer.save_pretrained(out)
     (Path(out) / "how_it_was_made.json").write_text(json.dumps(
         {"command": "python -m data.tiny", "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-         "careless": CARELESS, "final_loss": round(loss.item(), 4), "seconds": round(time.time() - start)}, indent=1) + "\n")
+         "careless": CARELESS, "final_loss": losses, "seconds": round(time.time() - start)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default=str(FOLDER))
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--batch_size", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--batch_size", type=int, default=24)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--hidden", type=int, default=160)
     parser.add_argument("--layers", type=int, default=4)

@@ -18,6 +18,7 @@ TRL lives in an environment of its own: pip install -r requirements.txt trl==1.1
 """
 import argparse
 import copy
+import itertools
 import json
 import os
 import resource
@@ -124,10 +125,14 @@ def timed(work):
 
 def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
     """A function that makes one step and returns (sampling seconds, update seconds)."""
-    model, s = bench.model().to(weights), bench.s
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data  # what is trained is fp32
-    reference, force = bench.reference(model) if beta else None, bench.force_lengths(model)
+    model, s = bench.model(), bench.s
+    if s["lora"] and beta:  # as grpo_medmcqa.py does: a second adapter on the same base
+        model.add_adapter("reference", model.peft_config["default"])
+        model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad or "lora_" in name else parameter.data.to(weights)
+    model.eval()
+    reference, force = (model if s["lora"] else bench.reference(model)) if beta else None, bench.force_lengths(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     config = replace(grpo.Config(), beta=beta, mu=MU, group_size=s["G"], max_completion_length=s["completion"][1])
     scaler, generator = torch.amp.GradScaler(DEVICE.type, enabled=False), torch.Generator(DEVICE).manual_seed(0)
@@ -145,8 +150,12 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
             own = slice(i * s["G"], (i + 1) * s["G"])
             groups.append({"prompt_ids": torch.tensor(prompt, device=DEVICE), "completion_ids": ids[own], "completion_mask": mask[own],
                            "sampler_logps": logps[own], "advantages": advantages[i], "zero_std": False})
+        if beta:
+            model.set_adapter("reference") if s["lora"] else None
+            grpo.add_reference_logps(reference, groups, config, compute)
+            model.set_adapter("default") if s["lora"] else None
         for epoch in range(MU):
-            grpo.policy_gradient(model, reference, groups, epoch == 0, config, compute, scaler)
+            grpo.policy_gradient(model, groups, epoch == 0, config, compute, scaler)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -159,18 +168,21 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
     return step
 
 
-def padded_step(bench):
+def padded_step(bench, compute=torch.float32, weights=torch.float32):
     """The same step by a plain loop that pads [P * G, prompt + completion]."""
     model, s = bench.model(), bench.s
-    reference, force = bench.reference(model), bench.force_lengths(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data.to(weights)
+    reference, force = bench.reference(model).to(weights), bench.force_lengths(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     width = max(map(len, bench.prompts))
-    prompts = torch.tensor([[0] * (width - len(p)) + p for p in bench.prompts]).repeat_interleave(s["G"], 0)
-    prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in bench.prompts]).repeat_interleave(s["G"], 0)
+    prompts = torch.tensor([[0] * (width - len(p)) + p for p in bench.prompts], device=DEVICE).repeat_interleave(s["G"], 0)
+    prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in bench.prompts], device=DEVICE).repeat_interleave(s["G"], 0)
 
     def sample():
         force.update(on=True, t=0)
-        ids = model.generate(input_ids=prompts, attention_mask=prompt_mask, do_sample=True, top_k=0, max_new_tokens=s["completion"][1])
+        with evaluation.autocast(compute):
+            ids = model.generate(input_ids=prompts, attention_mask=prompt_mask, do_sample=True, top_k=0, max_new_tokens=s["completion"][1])
         force.update(on=False)
         return ids[:, width:]
 
@@ -181,14 +193,15 @@ def padded_step(bench):
         return logits.float().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
 
     def update(ids):
-        mask = torch.arange(ids.shape[1])[None] < torch.tensor(bench.lengths)[:, None]
+        mask = torch.arange(ids.shape[1], device=DEVICE)[None] < torch.tensor(bench.lengths, device=DEVICE)[:, None]
         attention_mask = torch.cat([prompt_mask, mask.long()], 1)
-        advantages = grpo.group_advantages(bench.rewards, "group").float().flatten()
-        with torch.no_grad():
+        advantages = grpo.group_advantages(bench.rewards, "group").float().flatten().to(DEVICE)
+        with torch.no_grad(), evaluation.autocast(compute):
             ref_logps = logps_of(reference, ids, attention_mask, ids.shape[1])
         old_logps = None
         for _ in range(MU):
-            logps = logps_of(model, ids, attention_mask, ids.shape[1])
+            with evaluation.autocast(compute):
+                logps = logps_of(model, ids, attention_mask, ids.shape[1])
             old_logps = logps.detach() if old_logps is None else old_logps
             loss, _ = grpo.grpo_loss(logps, old_logps, ref_logps, advantages, mask, num_sequences=len(ids), num_tokens=int(mask.sum()),
                                      max_completion_length=s["completion"][1], epsilon=0.2, epsilon_high=0.2, beta=BETA,
@@ -377,30 +390,34 @@ def growth(arguments):
 
 
 def gpu(arguments):
-    """Real shapes with random weights under a memory cap: does a step fit, its peak, its speed. On CPU: the same with tiny shapes."""
+    """Real shapes with random weights under a memory cap, ours and the padded loop: does a step fit, its peak, its speed. On CPU:
+    the same with tiny shapes. LoRA: bf16 base, fp32 adapters, the reference a second adapter (the padded loop's the base)."""
     cuda, results = DEVICE.type == "cuda", []
     print(f"device: {torch.cuda.get_device_name() if cuda else 'cpu, tiny shapes: the figures say only that the command runs'}")
-    print("| model | cap GB | completions per forward | fits | peak GB | sampling tokens/s | update s |\n|---|---|---|---|---|---|---|")
+    print("| model | cap GB | loop | fits | peak GB | sampling tokens/s | update s |\n|---|---|---|---|---|---|---|")
     for real, (_, _, vocabulary, lora) in REAL.items():
-        for cap in (16, 24):
-            size = dict(P=4, G=8, prompt=(400, 400), completion=(300, 300), vocab=vocabulary, lora=lora) if cuda else \
-                dict(P=2, G=4, prompt=(20, 20), completion=(8, 8), vocab=4096, lora=lora)
+        size = dict(P=4, G=8, prompt=(400, 400), completion=(300, 300), vocab=vocabulary, lora=lora) if cuda else \
+            dict(P=2, G=4, prompt=(20, 20), completion=(8, 8), vocab=4096, lora=lora)
+        bench, weights = Bench(size, real), torch.bfloat16 if lora else torch.float32
+        makers = {"ours": lambda: our_step(bench, BETA, torch.bfloat16, weights), "padded": lambda: padded_step(bench, torch.bfloat16, weights)}
+        for cap, (name, make) in itertools.product((16, 24), makers.items()):
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / torch.cuda.get_device_properties(0).total_memory))
-            bench = Bench(size, real)
-            try:  # LoRA: bf16 base, no reference (its script keeps one as a second adapter)
-                step = our_step(bench, 0.0 if lora else BETA, torch.bfloat16, torch.bfloat16 if lora else torch.float32)
+            result, step = {"model": real, "cap_gb": cap, "loop": name}, None
+            try:
+                step = make()
                 times = [step() for _ in range(arguments.rounds + 1)][1:]
+                sampling, update = (statistics.median(pair[i] for pair in times) for i in (0, 1))
+                result |= {"fits": True, "peak_gb": evaluation.peak_memory_gb(), "sampling": sampling,
+                           "sampling_tokens_per_s": sum(bench.lengths) / sampling, "update": update}
+                cells = f"yes | {result['peak_gb']:.1f} | {result['sampling_tokens_per_s']:.0f} | {update:.2f}"
             except torch.cuda.OutOfMemoryError:
-                results.append({"model": real, "cap_gb": cap, "fits": False})
-                print(f"| {real} | {cap} | all | no | - | - | - |", flush=True)
-                continue
-            sampling, update = (statistics.median(pair[i] for pair in times) for i in (0, 1))
-            results.append({"model": real, "cap_gb": cap, "fits": True, "peak_gb": evaluation.peak_memory_gb(), "sampling": sampling,
-                            "sampling_tokens_per_s": sum(bench.lengths) / sampling, "update": update})
-            print(f"| {real} | {cap} | all | yes | {evaluation.peak_memory_gb():.1f} | {sum(bench.lengths) / sampling:.0f} | {update:.2f} |", flush=True)
+                result["fits"], cells = False, "no | - | - | -"
+            del step
+            results.append(result)
+            print(f"| {real} | {cap} | {name} | {cells} |", flush=True)
     save(arguments, "gpu", results)
 
 

@@ -190,7 +190,9 @@ def set_advantages(groups, config):
 def gradient(model, reference, groups, config, first_epoch=True, compute=torch.float32):
     """(sums, flat gradient) of a rollout."""
     model.zero_grad()
-    sums = grpo.policy_gradient(model, reference, groups, first_epoch, config, compute, torch.amp.GradScaler("cpu", enabled=False))
+    if first_epoch and config.beta:
+        grpo.add_reference_logps(reference, groups, config, compute)
+    sums = grpo.policy_gradient(model, groups, first_epoch, config, compute, torch.amp.GradScaler("cpu", enabled=False))
     trained = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in trained])
     model.zero_grad()

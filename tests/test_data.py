@@ -26,7 +26,7 @@ def test_three_forms_give_the_same_questions_on_the_same_sides(tmp_path, monkeyp
     hub = pubmedqa.load_rows("hub")
     for train, heldout, dropped in (official, hub):
         assert [r["extra"]["question"] for r in heldout] == [r["extra"]["question"] for r in single[1] if r["extra"]["question"] != "Does 0 help?"]
-        assert dropped == {"label maybe (--maybe keeps it)": 1}
+        assert dropped == {"dropped: label maybe (--maybe keeps it)": 1}
         assert all("It did" in r["prompt"][1]["content"] and "More." in r["prompt"][1]["content"] for r in train + heldout)
         assert all("Because." in r["target"] for r in train + heldout)
     assert {r["id"] for r in official[0]} == {r["id"] for r in hub[0]}
@@ -61,7 +61,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
     twice = SINGLE + [{**SINGLE[1], "question": " does 1  HELP "}, {**SINGLE[1], "ground_truth": "no"}]
     train, heldout, dropped = pubmedqa.load_rows(write(tmp_path / "f.json", twice))
     assert len(train) + len(heldout) == 40
-    assert dropped == {"question occurs before": 1, "question occurs before, with another answer": 1}
+    assert dropped == {"dropped: question occurs before": 1, "dropped: question occurs before, with another answer": 1}
 
 
 def test_builtin_questions_follow_their_rule():
@@ -121,7 +121,7 @@ def test_prepare_writes_rows_that_load_to_the_same_sides(tmp_path, capsys):
     path, out = write(tmp_path / "f.json", OFFICIAL), tmp_path / "out"
     prepare.main(prepare.Config(task="pubmedqa", data=path, out=str(out)))
     printed = capsys.readouterr().out
-    assert "dropped 1: label maybe" in printed and "yes" in printed and "tokens" in printed
+    assert "1 dropped: label maybe" in printed and "yes" in printed and "tokens" in printed
     direct, again = pubmedqa.load_rows(path), pubmedqa.load_rows(str(out))
     assert direct[:2] == again[:2]
     assert pubmedqa.load_rows(str(out / "heldout.jsonl"))[:2] == ([], direct[1])
@@ -133,7 +133,7 @@ def test_real_files(real_data):
     train, heldout, dropped = pubmedqa.load_rows(str(real_data / "pubmedqa_ori_pqal_500.json"))
     counts = Counter(r["final_decision"] for r in official.values())
     assert Counter(r["ground_truth"] for r in train + heldout) == {"yes": counts["yes"], "no": counts["no"]}
-    assert dropped == {"label maybe (--maybe keeps it)": counts["maybe"]}
+    assert dropped == {"dropped: label maybe (--maybe keeps it)": counts["maybe"]}
     single = pubmedqa.load_rows(str(real_data / "pubmedqa_yesno.json"))
     assert len(single[0]) + len(single[1]) == len(json.loads((real_data / "pubmedqa_yesno.json").read_text())) == 445
     assert {r["extra"]["question"] for r in single[1]} == {r["extra"]["question"] for r in heldout}  # one split for all files

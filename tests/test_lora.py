@@ -1,0 +1,328 @@
+"""The LoRA path: sft.py, grpo_medmcqa.py, and heads side by side in eval.py."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import eval as evaluation
+import grpo_medmcqa as grpo
+import sft
+from conftest import ROOT
+from data import medmcqa, one_line_errors
+from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
+
+TINY = str(ROOT / "data" / "tiny")
+QUICK = ["--model", "tiny", "--data", "builtin", "--steps", "3", "--prompts_per_step", "3", "--group_size", "4", "--eval_size", "4",
+         "--max_completion_length", "24", "--ref_every", "2", "--warmup", "0"]
+QUICK_SFT = ["--model", "tiny", "--data", "builtin", "--task", "medmcqa", "--limit", "96", "--num_epochs", "1", "--eval_size", "6",
+             "--batch_size", "16", "--eval_every", "2", "--save_every", "2"]
+
+
+def in_process(script, *arguments):
+    """A script's main without a new process; returns the exit code."""
+    try:
+        with one_line_errors():
+            script.main(script.parse(list(map(str, arguments))))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def adapter_weights(model, name):
+    """{name: weight} of one adapter of a peft model."""
+    return {key.replace(f".{name}.", "."): p.detach().clone() for key, p in model.named_parameters() if f".{name}." in key}
+
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    assert in_process(sft, *QUICK_SFT, "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grpo_run(sft_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo") / "run"
+    assert in_process(grpo, *QUICK, "--adapter", sft_run / "model", "--out", folder) == 0
+    return folder
+
+
+# --- what is trained and what is not ------------------------------------------------------------------------------------
+
+
+def trained_model(family_folder, family, tmp_path, **knobs):
+    """start_adapter's model after a step of GRPO with made-up rewards, and a copy of all its weights from before."""
+    base, tokenizer, compute = evaluation.load_model(family_folder(family), "fp32")
+    config = replace(grpo.Config(), adapter="none", group_size=4, prompts_per_step=2, max_completion_length=8, lora_r=4, **knobs)
+    config = replace(config, encoder="")
+    model = grpo.start_adapter(base, config)
+    with torch.no_grad():  # as after some training: a fresh adapter changes nothing
+        for key, p in model.named_parameters():
+            if ".default." in key:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(key))) * 0.05)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    rows = evaluation.encode_rows(tokenizer, medmcqa.builtin_rows()[0][:4], 4096, "training")
+    groups = grpo.rollout(model, tokenizer, grpo.question_stream(rows, 0, 0), config, compute, evaluation.stop_ids(model, tokenizer),
+                          torch.Generator().manual_seed(0))
+    for i, group in enumerate(groups):
+        group["advantages"], group["zero_std"] = torch.tensor([1.0, -1.0, 0.5, -0.5]) * (i + 1), False
+        group["completion_mask"][:] = True
+    model.set_adapter("reference")
+    grpo.add_reference_logps(model, groups, config, compute)
+    model.set_adapter("default")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sums = grpo.policy_gradient(model, groups, True, config, compute, torch.amp.GradScaler("cpu", enabled=False))
+    return model, tokenizer, before, trained, sums
+
+
+def test_only_the_adapter_moves_and_the_reference_gets_no_gradient(family, family_folder, tmp_path):
+    model, _, before, trained, sums = trained_model(family_folder, family, tmp_path)
+    assert sums["kl"] > 1e-4  # policy and reference are two adapters: one is used after the other
+    names = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert names == {key for key in before if ".default." in key} and len(trained) == len(names)
+    assert all((p.grad is not None) == (key in names) for key, p in model.named_parameters())
+    targets = {key.split(".lora_")[0].rpartition(".")[2] for key in names}
+    assert targets == ({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} if family == "phi3" else
+                       {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+    torch.optim.AdamW(trained, lr=1e-2).step()
+    for key, p in model.named_parameters():
+        assert torch.equal(p, before[key]) == (key not in names)
+    grpo.copy_adapter(model)
+    policy, reference = adapter_weights(model, "default"), adapter_weights(model, "reference")
+    assert policy.keys() == reference.keys() and all(torch.equal(policy[key], reference[key]) for key in policy)
+
+
+def test_the_saved_adapter_alone_gives_the_same_logits_in_a_new_process(family, family_folder, tmp_path):
+    model, tokenizer, _, trained, _ = trained_model(family_folder, family, tmp_path)
+    torch.optim.AdamW(trained, lr=1e-2).step()
+    model.save_pretrained(tmp_path / "model", selected_adapters=["default"])
+    assert sorted(os.listdir(tmp_path / "model")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    ids = torch.arange(10, 40)[None]
+    torch.save(model(ids).logits.detach(), tmp_path / "logits.pt")
+    program = (f"import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as M\n"
+               f"torch.set_num_threads({torch.get_num_threads()})\n"
+               f"model = PeftModel.from_pretrained(M.from_pretrained({family_folder(family)!r}, dtype=torch.float32), {str(tmp_path / 'model')!r}).eval()\n"
+               f"logits = model(torch.arange(10, 40)[None]).logits\n"
+               f"print((logits - torch.load({str(tmp_path / 'logits.pt')!r})).abs().max().item())")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 0.0
+
+
+def test_kl_is_zero_right_after_a_refresh(grpo_run):
+    kl = [record["kl"] for record in metrics(grpo_run)]
+    assert kl[0] == 0 and kl[1] > 0 and kl[2] == 0  # renewed before step 3
+
+
+# --- the runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_sft_run_leaves_its_files_and_learns(sft_run):
+    assert sorted(path.name for path in sft_run.iterdir()) == sorted(set(CONTRACT) - {"samples.jsonl"})
+    records = metrics(sft_run)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"] and records[-1]["eval_loss"] < records[1]["eval_loss"]
+    assert "eval_accuracy" in records[1] and "eval_accuracy" in records[3]
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), sft_run / "model")
+    known = json.loads((sft_run / "model" / "adapter_config.json").read_text())
+    assert known["r"] == 16 and known["base_model_name_or_path"] == TINY
+
+
+def test_sft_of_all_weights(tmp_path):
+    assert in_process(sft, *QUICK_SFT, "--lora_r", 0, "--learning_rate", 1e-3, "--limit", 32, "--out", tmp_path / "run") == 0
+    before, after = load_file(TINY + "/model.safetensors"), load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert before.keys() == after.keys() and all((before[name].float() != after[name]).any() for name in before)
+
+
+def test_sft_every_task_and_family(family, family_folder, tmp_path):
+    for task in ("pubmedqa", "medmcqa"):
+        assert in_process(sft, *QUICK_SFT, "--task", task, "--model", family_folder(family), "--limit", 20, "--eval_every", 0,
+                          "--max_completion_length", 8, "--max_seq_length", 4096, "--out", tmp_path / task) == 0
+
+
+def test_the_sft_loss_is_the_completions_alone(family, family_folder):
+    """Against transformers' own loss on each row by itself, unpadded, the prompt's labels masked."""
+    model, tokenizer, compute = evaluation.load_model(family_folder(family), "fp32")
+    rows = medmcqa.builtin_rows()[0][:5]
+    pairs = sft.encode(tokenizer, rows, sft.Config(max_seq_length=4096), "training")
+    nll, tokens = sft.completion_nll(model, pairs, compute)
+    expected = 0.0
+    for prompt, completion in pairs:
+        loss = model(torch.tensor([prompt + completion]), labels=torch.tensor([[-100] * len(prompt) + completion])).loss
+        expected += loss.item() * len(completion)
+    assert tokens == sum(len(completion) for _, completion in pairs)
+    assert nll.item() == pytest.approx(expected, rel=1e-5)
+    turn = {"llama": "<|eot_id|>", "phi3": "<|end|>", "gemma3": "<end_of_turn>"}.get(family, "<|im_end|>")
+    assert all(completion[-1] == tokenizer.convert_tokens_to_ids(turn) for _, completion in pairs)
+    assert tokenizer.decode(pairs[0][1][:-1]) == rows[0]["target"]
+
+
+def test_long_rows_are_counted_not_cut(capsys, tmp_path):
+    tokenizer = evaluation.load_model("tiny")[1]
+    rows = medmcqa.builtin_rows()[0][:50]
+    lengths = [sum(map(len, pair)) for pair in sft.encode(tokenizer, rows, sft.Config(max_seq_length=4096), "training")]
+    limit = sorted(lengths)[29]
+    short = sft.encode(tokenizer, rows, sft.Config(max_seq_length=limit), "training")
+    assert len(short) == sum(length <= limit for length in lengths) and all(sum(map(len, pair)) <= limit for pair in short)
+    assert f"{50 - len(short)} of them longer than --max_seq_length {limit} and left out" in capsys.readouterr().out
+    assert in_process(sft, *QUICK_SFT, "--max_seq_length", 5, "--out", tmp_path / "run") == 2
+    assert "--max_seq_length 5" in capsys.readouterr().err
+
+
+def test_batches_hold_every_row_once_and_alike_lengths_together():
+    pairs = [([0] * n, [1]) for n in range(2, 302)]
+    result = sft.batches(pairs, 8, 0, 0)
+    assert sorted(len(prompt) for batch in result for prompt, _ in batch) == list(range(2, 302))
+    assert all(max(len(p) for p, _ in batch) - min(len(p) for p, _ in batch) <= 8 for batch in result)
+    assert result == sft.batches(pairs, 8, 0, 0) != sft.batches(pairs, 8, 0, 1)
+    order = [len(batch[0][0]) for batch in result]
+    assert order != sorted(order)
+
+
+def test_a_grpo_run_from_the_sft_adapter(grpo_run):
+    assert sorted(path.name for path in grpo_run.iterdir()) == sorted(CONTRACT)
+    records = metrics(grpo_run)
+    assert all(key in records[0] for key in [*METRICS, "reward_similarity"])
+    assert all(record["sampler_gap"] < 1e-5 for record in records)
+    assert sorted(os.listdir(grpo_run / "model"))[:2] == ["README.md", "adapter_config.json"]
+    assert json.loads((grpo_run / "config.json").read_text())["encoder"].endswith("MiniLM-L6-v2")  # as given, not as resolved
+
+
+@pytest.mark.parametrize("script, flags", [("sft.py", QUICK_SFT), ("grpo_medmcqa.py", [*QUICK, "--adapter", "none", "--steps", "6", "--save_every", "2"])])
+def test_killed_and_resumed_is_the_same_run_bit_by_bit(script, flags, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert command(script, *flags, "--out", whole).returncode == 0
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags, "--out", str(folder)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "summary.json").exists()
+    done = command(script, *flags, "--out", folder, "--resume")
+    assert done.returncode == 0 and "resumed:" in done.stdout, done.stderr
+    one, two = (load_file(f / "model" / "adapter_model.safetensors") for f in (whole, folder))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert same_but_for_clocks(metrics(whole)) == same_but_for_clocks(metrics(folder))
+    assert (whole / "eval_after.jsonl").read_text() == (folder / "eval_after.jsonl").read_text()
+
+
+def test_real_questions(real_data, tmp_path):
+    data = real_data / "medmcqa_dev_2000.json"
+    assert in_process(sft, *QUICK_SFT, "--data", data, "--max_seq_length", 512, "--eval_every", 0, "--out", tmp_path / "sft") == 0
+    assert in_process(grpo, *QUICK, "--data", data, "--steps", 2, "--adapter", tmp_path / "sft" / "model", "--out", tmp_path / "grpo") == 0
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, arguments, words", [
+    (grpo, ["--adapter", "nowhere"], ["nowhere", "adapter_config.json"]),
+    (grpo, ["--adapter", "{other}"], ["was trained on some/model", "--model tiny"]),
+    (grpo, ["--adapter", "{broken}"], ["{broken}", "cannot be loaded"]),
+    (grpo, ["--similarity", "embeddings", "--adapter", "none"], ["all-MiniLM-L6-v2", "--similarity overlap"]),
+    (grpo, ["--data", "{few}", "--adapter", "none"], ["cop", "--cop_base"]),
+    (sft, ["--data", "{few}"], ["cop", "--cop_base"]),
+    (sft, ["--data", "{bare}", "--eval_size", "1"], ["no training row", "gold completion"]),
+    (sft, ["--num_epochs", "0"], ["--num_epochs 0"]),
+    (sft, ["--learning_rate", "0"], ["--learning_rate"]),
+    (sft, ["--resume"], ["--resume needs --out"]),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else getattr(value, "__name__", None))
+def test_bad_input_is_one_line_and_exit_code_2(script, arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    item = {"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "exp": None}
+    for name, cops in (("few", (1, 2, 3)), ("bare", (1, 2, 3, 4) * 5)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**item, "question": f"q {i}", "cop": cop} for i, cop in enumerate(cops)]))
+    for name, config in (("other", {"base_model_name_or_path": "some/model"}), ("broken", {"base_model_name_or_path": TINY, "peft_type": "LORA"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    places = {"few": "few.json", "bare": "bare.json", "other": "other", "broken": "broken"}
+    assert in_process(script, "--model", "tiny", *(["--data", "builtin"] if "--data" not in arguments else []),
+                      *[argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(word.format(**places) in error for word in words), error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_the_default_adapter_the_script_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert in_process(grpo, *QUICK, "--steps", 1, "--out", "run") == 0
+    assert "there is no runs/sft-medmcqa/model; python sft.py --task medmcqa makes one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, config", [("sft.py", sft.Config), ("grpo_medmcqa.py", grpo.Config)])
+def test_help_lists_every_knob(script, config):
+    text = command(script, "--help").stdout
+    assert all(f"--{field.name}" in text for field in fields(config))
+
+
+# --- heads side by side -------------------------------------------------------------------------------------------------
+
+
+def heads(*arguments):
+    try:
+        with one_line_errors():
+            evaluation.main(evaluation.tyro.cli(evaluation.Config, args=list(map(str, arguments)), use_underscores=True))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_heads_on_one_base_are_the_models_by_themselves(sft_run, grpo_run, tmp_path, capsys):
+    flags = ["--task", "medmcqa", "--eval_size", 12, "--max_completion_length", 24, "--mode", "both"]
+    assert heads(*flags, "--out", tmp_path / "all", "--models", "base=tiny", f"sft=tiny+{sft_run}/model", f"grpo=tiny+{grpo_run}/model") == 0
+    assert capsys.readouterr().out.count("model: tiny") == 1  # the base is loaded once
+    lines = [json.loads(line) for line in (tmp_path / "all" / "results.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "all" / "summary.json").read_text())
+    assert len(lines) == 12 and list(summary["heads"]) == ["base", "sft", "grpo"]
+    assert len(summary["paired"]) == 6 and {"generated", "loglikelihood"} == {test["mode"] for test in summary["paired"]}
+    assert (tmp_path / "all" / "report.html").read_text().startswith("<!")
+    for name, model in (("base", "tiny"), ("sft", sft_run / "model"), ("grpo", grpo_run / "model")):
+        assert heads(*flags, "--model", model, "--out", tmp_path / name) == 0
+        alone = [json.loads(line) for line in (tmp_path / name / "eval.jsonl").read_text().splitlines()]
+        assert [line["answers"][name]["completion"] for line in lines] == [record["completion"] for record in alone]
+        likelihood = json.loads((tmp_path / name / "summary.json").read_text())["loglikelihood"]
+        assert likelihood == summary["heads"][name]["loglikelihood"]
+    completions = [[line["answers"][name]["completion"] for line in lines] for name in ("base", "sft", "grpo")]
+    assert completions[0] != completions[1]  # the adapter does something
+
+
+def test_option_likelihoods_follow_the_harness_rule(family, family_folder):
+    """log P(" A" | prompt) ... written here from lm-evaluation-harness's rule, a plain forward a letter."""
+    model, tokenizer, compute = evaluation.load_model(family_folder(family), "fp32")
+    rows = [(row, []) for row in medmcqa.builtin_rows()[1][:7]]
+    records = evaluation.option_likelihoods(model, tokenizer, rows, compute, batch_size=3)
+    for (row, _), record in zip(rows, records):
+        a, b, c, d = row["extra"]["options"]
+        context = f"Question: {row['extra']['question']}\nChoices:\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
+        expected = []
+        for letter in "ABCD":
+            start = len(tokenizer(context).input_ids)
+            ids = torch.tensor([tokenizer(context + " " + letter).input_ids])
+            logps = model(ids).logits.log_softmax(-1)[0, start - 1:-1].gather(1, ids[0, start:, None])
+            expected.append(logps.sum().item())
+        assert record["loglikelihoods"] == pytest.approx(expected, abs=1e-4)
+        assert record["answer"] == "ABCD"[expected.index(max(expected))]
+        assert record["accuracy"] == float(record["answer"] == row["ground_truth"])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--models", "tiny"], ["NAME=MODEL"]),
+    (["--models", "a=tiny", "a=tiny"], ["same name"]),
+    (["--models", "a=tiny+nowhere"], ["nowhere", "no adapter folder"]),
+    (["--mode", "loglikelihood", "--task", "pubmedqa"], ["--mode loglikelihood", "pubmedqa"]),
+])
+def test_bad_heads(arguments, words, capsys, tmp_path):
+    assert heads("--task", "medmcqa", "--out", tmp_path / "e", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
