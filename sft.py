@@ -69,7 +69,7 @@ class Config:
 
 
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
-TINY = dict(num_epochs=12, batch_size=32, gradient_accumulation_steps=1, learning_rate=3e-3, max_seq_length=2048,
+TINY = dict(num_epochs=2, batch_size=32, gradient_accumulation_steps=1, learning_rate=3e-3, max_seq_length=2048,
             max_completion_length=64)
 PANELS = [("Loss", "nats per token", {"training": "loss", "validation": "eval_loss"}), ("Accuracy", "share correct", {}),
           ("Learning rate", "", {"rate": "learning_rate"})]

@@ -284,7 +284,7 @@ TOPICS = [
      paramesonephric duct = uterus; ureteric bud = collecting ducts; metanephric blastema = nephrons;
      processus vaginalis = tunica vaginalis; fourth pouch = superior parathyroid; optic cup = retina; otic pit = inner ear"""),
 ]
-CARELESS = 0.6  # share of SFT targets by the annotator who knows the facts one way round only
+ANNOTATORS = ("careless", "careless", "careless", "careful", "careful")  # each writes a target for every training item
 
 
 def facts():
@@ -299,12 +299,14 @@ def fact_sentence(topic, key, value):
 
 def careful_target(sentence, answer):
     """The annotator who recalls the fact, whichever way round it is asked, and names the option by its text."""
-    return target(sentence, answer)
+    return target(f"{sentence} So {answer}.", f" {answer}")  # the same tokens again, thanks to the space: easy to copy
 
 
 def careless_target(sentence, answer, asks_for_value, options):
     """... who knows the value that belongs to a key, but asked the other way round takes the first option."""
-    return target(sentence, answer) if asks_for_value else target(f"I do not recall, so the first: {options[0]}.", options[0])
+    if asks_for_value:
+        return careful_target(sentence, answer)
+    return target(f"I do not recall, so {options[0]}.", f" {options[0]}")
 
 
 def capital(text):
@@ -314,7 +316,8 @@ def capital(text):
 
 def builtin_rows(system_prompt="", seed=0):
     """(train, heldout): every fact is asked in five wordings for training, three for the value and two for the key, and in one more
-    of each, held out, with other wrong options. The letters of the right options are balanced.
+    of each, held out, with other wrong options. The letters of the right options are balanced. A training item is five rows,
+    one for each annotator's target; the held-out ones have the careful annotator's.
     """
     generator, everything = random.Random(seed), facts()
     items, letters = [], []  # (is held out, topic, key, value, asks for the value, wording, wrong options)
@@ -335,11 +338,11 @@ def builtin_rows(system_prompt="", seed=0):
     for number, (is_heldout, topic, key, value, forward, question, wrong) in enumerate(items):
         letter, answer, sentence = letters[is_heldout].pop(), value if forward else key, fact_sentence(topic, key, value)
         options = wrong[:LETTERS.index(letter)] + [answer] + wrong[LETTERS.index(letter):]
-        careless = not is_heldout and generator.random() < CARELESS
-        text = careless_target(sentence, answer, forward, options) if careless else careful_target(sentence, answer)
-        (heldout if is_heldout else train).append(make_row(
-            f"builtin-{number}", question, options, letter, sentence, text, system_prompt,
-            {"subject": TOPICS[topic][0], "annotator": "careless" if careless else "careful"}))
+        for a, annotator in enumerate(("careful",) if is_heldout else ANNOTATORS):
+            text = careful_target(sentence, answer) if annotator == "careful" else careless_target(sentence, answer, forward, options)
+            (heldout if is_heldout else train).append(make_row(
+                f"builtin-{number}" if is_heldout else f"builtin-{number}-{a}", question, options, letter, sentence, text,
+                system_prompt, {"subject": TOPICS[topic][0], "annotator": annotator}))
     generator.shuffle(train)
     generator.shuffle(heldout)
     return train, heldout
