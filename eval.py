@@ -10,6 +10,7 @@ format rate, and pass@1 over --samples sampled answers. It writes eval.jsonl (a 
 scores several heads on the same rows, the base loaded once, with paired tests between them; --mode adds the log-likelihood of
 the option letters. It writes results.jsonl (a line a question), summary.json, and report.html, a page to look through.
 """
+import html
 import itertools
 import json
 import math
@@ -26,7 +27,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from string import Template
 from typing import Literal
+from urllib.parse import quote
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -589,6 +592,87 @@ def describe(summary):
     return text + f", answers {summary['answers']}"
 
 
+# === report.html ======================================================================================================
+
+MODES = {"generated": "generated answers", "loglikelihood": "most likely option"}
+
+
+def _bars(mode, summaries):
+    """One figure: a bar a head on a scale from 0 to 400, whiskers for the 95% interval, the majority baseline dashed."""
+    bottom = 48 * len(summaries)
+    parts = [f'<path class="grid" d="M{x} 0V{bottom}"/><text x="{x}" y="{bottom + 18}" text-anchor="middle">{x // 4}%</text>'
+             for x in range(0, 401, 100)]
+    for top, (name, s) in zip(range(0, bottom, 48), summaries.items()):
+        x, low, high, majority = (round(400 * v, 1) for v in (s["accuracy"], *s["accuracy_ci95"], s["majority_accuracy"]))
+        parts.append(f'<text x="4" y="{top + 15}">{html.escape(name)}</text>'
+                     f'<text x="400" y="{top + 15}" text-anchor="end">{s["accuracy"]:.1%}</text>'
+                     f'<rect y="{top + 21}" width="{x}" height="18"/><path class="majority" d="M{majority} {top}v48"/>'
+                     f'<path class="whisker" d="M{low} {top + 25}v10m0-5H{high}m0-5v10"/>')
+    return (f'<figure><figcaption>{MODES[mode].capitalize()}</figcaption><svg viewBox="-14 0 436 {bottom + 24}" role="img" '
+            f'aria-label="Bars of accuracy; the numbers are in the next table">{"".join(parts)}</svg>'
+            f'<small>Whiskers: 95% interval. Dashed: always giving the commonest answer.</small></figure>')
+
+
+def _table(caption, columns, lines):
+    """A table in a box that scrolls on its own. Cells are HTML; the first of each line is that line's heading."""
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    body = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+                   for first, *cells in lines)
+    return (f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
+            f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+
+
+def report_html(title, heads, rows, paired=()):
+    """One self-contained page that compares model heads on the same questions: chart, tables, and each question to read.
+
+    heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; summary: accuracy, accuracy_ci95, n,
+    majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated answers, format_rate, mean_length.
+    rows: {"id", "question", "options", "ground_truth", "subject", "answers": {name: {"answer", "accuracy", "completion"}}}.
+    paired: {"before", "after", "mode", "only_before", "only_after", "p_value"}, names of heads and counts of questions.
+    Returns HTML that loads nothing and shows whatever a model wrote as text.
+    """
+    modes = {mode: {name: head[mode] for name, head in heads.items() if head.get(mode)} for mode in MODES}
+    modes = {mode: summaries for mode, summaries in modes.items() if summaries}
+    readable = [name for name in heads if any(name in row["answers"] for row in rows)]
+    tested = [(p["before"], p["after"]) for p in paired if p["mode"] == "generated"]
+    data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])), "rows": rows}
+
+    def named(name, mode):
+        return f"{html.escape(name)} <small>{MODES[mode]}</small>"
+
+    def score(s):
+        return "{:.1%} <small>({:.1%} to {:.1%})</small>".format(s["accuracy"], *s["accuracy_ci95"]) if s else "–"
+
+    def count(p, kind, key):
+        view = quote(f"newly {kind}: {p['before']} → {p['after']}")
+        return f'<a href="#filter={view}">{p[key]}</a>' if p["mode"] == "generated" else p[key]
+
+    def verdict(p):
+        better = p["after"] if p["only_after"] > p["only_before"] else p["before"]
+        return f"{html.escape(better)} is better" if p["p_value"] < 0.05 else "no difference shown"
+
+    tables = _table("Heads", ["head", "accuracy (95% interval)", "questions", "majority", "format", "mean length"], [
+        [named(name, mode), score(s), s["n"], f"{s['majority_accuracy']:.1%}",
+         f"{s['format_rate']:.1%}" if "format_rate" in s else "–", f"{s['mean_length']:.1f}" if "mean_length" in s else "–"]
+        for mode, summaries in modes.items() for name, s in summaries.items()])
+    if paired:
+        tables += _table("Paired tests (McNemar)", ["before → after", "newly right", "newly wrong", "p", "verdict"], [
+            [named(f"{p['before']} → {p['after']}", p["mode"]), count(p, "right", "only_after"),
+             count(p, "wrong", "only_before"), f"{p['p_value']:.2g}", verdict(p)] for p in paired])
+    mode, summaries = next(iter(modes.items()))
+    sizes = {subject: part["n"] for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
+    if sizes:
+        tables += _table(f"By subject: {MODES[mode]}", ["subject", "questions", *map(html.escape, summaries)], [
+            [html.escape(subject), sizes[subject], *(score(s.get("by_subject", {}).get(subject)) for s in summaries.values())]
+            for subject in sorted(sizes, key=lambda subject: (-sizes[subject], subject))])
+    page = Template((Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        title=html.escape(title), intro=f"How {html.escape(', '.join(heads))} answer the same questions, and what each wrote.",
+        charts="".join(_bars(*item) for item in modes.items()), tables=tables,
+        # "<" could close the script element; json.dumps itself escapes all beyond ASCII: U+2028, U+2029, lone surrogates.
+        data=json.dumps(data).replace("<", "\\u003c"))
+
+
 # === the run folder ===================================================================================================
 
 GRPO_PANELS = [
@@ -892,12 +976,18 @@ def parse_heads(models):
 
 
 def score_heads(config, heads, rows):
-    """{name: {"generated": records, "loglikelihood": records}} of every head on the same rows; a base is in memory once."""
-    results = {}
+    """({name: {"generated": records, "loglikelihood": records}} of every head, the rows that they answered); a base is in memory
+    once. Raises InputError where heads cannot answer the same rows.
+    """
+    results, answered = {}, None
     for source in dict.fromkeys(model for _, model, _ in heads):
         model, tokenizer, compute = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
                                                load_in_4bit=config.load_in_4bit)
         encoded = encode_rows(tokenizer, rows, config.max_prompt_length, config.split)
+        if answered and answered != [row for row, _ in encoded]:
+            raise InputError(f"--models: {source} leaves out other rows than the models before it (--max_prompt_length "
+                             f"{config.max_prompt_length}): raise it, so that all answer the same")
+        answered = [row for row, _ in encoded]
         own = [(name, adapter) for name, of, adapter in heads if of == source]
         for name, adapter in own:
             if adapter:
@@ -917,7 +1007,7 @@ def score_heads(config, heads, rows):
                                                                         batch_size=config.eval_batch_size)
             for mode, records in results[name].items():
                 print(f"{name}, {mode}: {describe(summarize(records))}")
-    return {name: results[name] for name, *_ in heads}
+    return {name: results[name] for name, *_ in heads}, answered
 
 
 def compare_heads(config, folder, rows, results):
@@ -927,25 +1017,18 @@ def compare_heads(config, folder, rows, results):
     for one, two in itertools.combinations(results, 2):
         for mode in results[one]:
             a, b = (results[name][mode] for name in (one, two))
-            if [r["id"] for r in a] != [r["id"] for r in b]:
-                raise InputError(f"{one} and {two} did not answer the same rows: their tokenizers differ, and --max_prompt_length left "
-                                 "out other rows; raise it")
             test = mcnemar([r["accuracy"] for r in a], [r["accuracy"] for r in b])
             paired.append({"before": one, "after": two, "mode": mode, **test})
             print(f"{one} -> {two}, {mode}: {summaries[one][mode]['accuracy']:.3f} -> {summaries[two][mode]['accuracy']:.3f}, "
                   f"{test['only_after']} newly right, {test['only_before']} newly wrong, McNemar p = {test['p_value']:.2g}")
-    by_id, lines = {row["id"]: row for row in rows}, []
-    first = next(iter(next(iter(results.values())).values()))
-    for i, record in enumerate(first):
-        row = by_id[record["id"]]
-        lines.append({"id": record["id"], "question": row["extra"]["question"], "options": row["extra"].get("options", []),
+    lines = []
+    for i, row in enumerate(rows):
+        answers = {mode: {name: modes[mode][i] for name, modes in results.items()} for mode in next(iter(results.values()))}
+        lines.append({"id": row["id"], "question": row["extra"]["question"], "options": row["extra"].get("options", []),
                       "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
-                      "answers": {name: modes.get("generated", first)[i] if "generated" in modes else modes["loglikelihood"][i]
-                                  for name, modes in results.items()},
-                      **({"loglikelihood": {name: modes["loglikelihood"][i] for name, modes in results.items()}}
-                         if config.mode != "generated" else {})})
+                      "answers": answers.get("generated") or {}, "loglikelihood": answers.get("loglikelihood") or {}})
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / "report.html").write_text(report_html(f"{config.task}: {', '.join(results)}", summaries, paired, lines), encoding="utf-8")
+    (folder / "report.html").write_text(report_html(f"{config.task}: {', '.join(results)}", summaries, lines, paired), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps({"heads": summaries, "paired": paired, "config": asdict(config),
                                                      "versions": versions()}, indent=1) + "\n")
 
@@ -970,7 +1053,7 @@ def main(config):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror})") from None
-    results = score_heads(config, heads, rows)
+    results, rows = score_heads(config, heads, rows)
     if config.models:
         compare_heads(config, folder, rows, results)
         print(f"written: {folder}/report.html, summary.json, results.jsonl")

@@ -1,7 +1,7 @@
 """GRPO on PubMedQA in one file: a language model learns to answer yes/no from an abstract, by trial and reward.
 
     python grpo_pubmedqa.py                GPU: all weights of Qwen2.5-0.5B-Instruct, trained on the hub's PubMedQA
-                                           no GPU: the built-in 1.3M model on built-in questions, about 2 minutes
+                                           no GPU: the built-in 1.6M model on built-in questions, about 2 minutes
     python grpo_pubmedqa.py --data PATH    your own file: a JSON list of {question, context, ground_truth}
     python grpo_pubmedqa.py --completions_per_forward 4    less memory in the update, the same gradient
     python grpo_pubmedqa.py --help         every knob

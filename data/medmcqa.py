@@ -175,14 +175,14 @@ def target(reasoning, answer):
 
 # === built-in items: textbook facts ==================================================================================
 # A topic: its subject, the sentence that states a fact, its three wordings for training and one held out, asking for the
-# value, then two for training and one held out, asking for the key; then the facts, one key and one value each. Within a
+# value, then three for training and one held out, asking for the key; then the facts, one key and one value each. Within a
 # topic no value fits another key, so the other values are wrong options that need knowledge to rule out.
 
 TOPICS = [
     ("Biochemistry", "{key} comes from lack of {value}.",
      ("{key} comes from lack of:", "Which nutrient is lacking in {key}?", "A patient has {key}. What is deficient?",
       "Deficiency of which nutrient leads to {key}?"),
-     ("Lack of {value} leads to:", "Which disease comes from too little {value}?", "What results from deficiency of {value}?"),
+     ("Lack of {value} leads to:", "Which disease comes from too little {value}?", "Deficiency of {value} results in:", "What results from deficiency of {value}?"),
      """scurvy = vitamin C; beriberi = thiamine; pellagra = niacin; rickets = vitamin D; night blindness = vitamin A;
      pernicious anaemia = vitamin B12; neural tube defect = folate; goitre = iodine; Keshan disease = selenium;
      koilonychia = iron; bleeding of the newborn = vitamin K; acrodermatitis enteropathica = zinc; dental caries = fluoride;
@@ -190,7 +190,7 @@ TOPICS = [
     ("Biochemistry", "{key} is a deficiency of {value}.",
      ("{key} is a deficiency of:", "Which enzyme is deficient in {key}?", "A child has {key}. Which enzyme fails?",
       "The enzyme missing in {key} is:"),
-     ("Deficiency of {value} is seen in:", "Which disease is due to absent {value}?", "A defect of {value} causes:"),
+     ("Deficiency of {value} is seen in:", "Which disease is due to absent {value}?", "A defect of {value} is found in:", "A defect of {value} causes:"),
      """phenylketonuria = phenylalanine hydroxylase; alkaptonuria = homogentisate oxidase; Gaucher disease = glucocerebrosidase;
      Tay-Sachs disease = hexosaminidase A; Fabry disease = galactosidase A; Pompe disease = acid maltase;
      von Gierke disease = glucose-6-phosphatase; McArdle disease = muscle phosphorylase; Lesch-Nyhan syndrome = HGPRT;
@@ -200,7 +200,7 @@ TOPICS = [
     ("Pharmacology", "The antidote of {key} is {value}.",
      ("The antidote of {key} is:", "Which drug treats overdose of {key}?", "A patient is poisoned with {key}. What is given?",
       "Poisoning by {key} is reversed by:"),
-     ("{value} is the antidote of:", "Against which poison is {value} given?", "{value} reverses poisoning by:"),
+     ("{value} is the antidote of:", "Against which poison is {value} given?", "Poisoning by what is reversed by {value}?", "{value} reverses poisoning by:"),
      """paracetamol = acetylcysteine; morphine = naloxone; diazepam = flumazenil; organophosphate = pralidoxime;
      heparin = protamine; warfarin = phytomenadione; methanol = fomepizole; iron salts = desferrioxamine; lead = succimer;
      cyanide = hydroxocobalamin; digoxin = Fab fragments; methotrexate = folinic acid; propranolol = glucagon;
@@ -209,7 +209,7 @@ TOPICS = [
     ("Anatomy", "Injury of the {key} nerve causes {value}.",
      ("Injury of the {key} nerve causes:", "What is the sign of a cut {key} nerve?", "The {key} nerve is damaged. What is found?",
       "A lesion of the {key} nerve leads to:"),
-     ("{value} is caused by injury of the nerve:", "Which nerve is cut in {value}?", "{value} points to a lesion of which nerve?"),
+     ("{value} is caused by injury of the nerve:", "Which nerve is cut in {value}?", "{value} suggests a lesion of the nerve:", "{value} points to a lesion of which nerve?"),
      """radial = wrist drop; ulnar = claw hand; median = ape thumb; common peroneal = foot drop; long thoracic = winged scapula;
      facial = Bell palsy; oculomotor = ptosis; recurrent laryngeal = hoarseness; phrenic = raised diaphragm;
      abducens = convergent squint; hypoglossal = tongue deviation; superior gluteal = Trendelenburg gait;
@@ -218,7 +218,7 @@ TOPICS = [
     ("Pharmacology", "{key} inhibits {value}.",
      ("{key} inhibits:", "What is the target of {key}?", "A patient takes {key}. Which molecule does it block?",
       "The action of {key} is inhibition of:"),
-     ("{value} is inhibited by:", "Which drug acts on {value}?", "The drug that blocks {value} is:"),
+     ("{value} is inhibited by:", "Which drug acts on {value}?", "{value} is blocked by the drug:", "The drug that blocks {value} is:"),
      """omeprazole = proton pump; aspirin = cyclo-oxygenase; simvastatin = HMG-CoA reductase;
      captopril = angiotensin converting enzyme; allopurinol = xanthine oxidase; trimethoprim = dihydrofolate reductase;
      ciprofloxacin = DNA gyrase; rifampicin = RNA polymerase; finasteride = 5-alpha reductase; sildenafil = phosphodiesterase 5;
@@ -229,7 +229,7 @@ TOPICS = [
     ("Microbiology", "{value} is caused by {key}.",
      ("{key} causes:", "Which disease is due to {key}?", "{key} is cultured. What does the patient have?",
       "The illness produced by {key} is:"),
-     ("{value} is caused by:", "Which organism causes {value}?", "The agent of {value} is:"),
+     ("{value} is caused by:", "Which organism causes {value}?", "{value} is due to the agent:", "The agent of {value} is:"),
      """Treponema pallidum = syphilis; Borrelia burgdorferi = Lyme disease; Yersinia pestis = plague;
      Bordetella pertussis = whooping cough; Mycobacterium leprae = leprosy; Coxiella burnetii = Q fever;
      Bartonella henselae = cat scratch disease; Clostridium tetani = lockjaw; Salmonella typhi = enteric fever;
@@ -240,7 +240,7 @@ TOPICS = [
     ("Medicine", "{key} has {value} antibodies.",
      ("{key} has which antibodies?", "Which autoantibodies mark {key}?", "A patient has {key}. Which antibodies are sought?",
       "The antibodies typical of {key} are directed at:"),
-     ("Antibodies of the kind {value} are typical of:", "Which disease has {value} antibodies?", "{value} antibodies point to:"),
+     ("Antibodies of the kind {value} are typical of:", "Which disease has {value} antibodies?", "{value} antibodies are found in:", "{value} antibodies point to:"),
      """systemic lupus = double-stranded DNA; biliary cholangitis = mitochondrial; Wegener granulomatosis = proteinase 3;
      coeliac disease = transglutaminase; myasthenia gravis = acetylcholine receptor; Graves disease = TSH receptor;
      Goodpasture syndrome = basement membrane; rheumatoid arthritis = citrullinated peptide; Addison anaemia = intrinsic factor;
@@ -249,7 +249,7 @@ TOPICS = [
      bullous pemphigoid = hemidesmosome"""),
     ("Physiology", "{key} is made by the {value}.",
      ("{key} is made by the:", "Which cells secrete {key}?", "Where does {key} come from?", "The source of {key} in the body is the:"),
-     ("The {value} secretes:", "Which hormone is made by the {value}?", "The product of the {value} is:"),
+     ("The {value} secretes:", "Which hormone is made by the {value}?", "What is the product of the {value}?", "The product of the {value} is:"),
      """insulin = beta cells; glucagon = alpha cells; calcitonin = C cells; aldosterone = zona glomerulosa;
      cortisol = zona fasciculata; adrenaline = adrenal medulla; melatonin = pineal gland; prolactin = anterior pituitary;
      testosterone = Leydig cells; inhibin = Sertoli cells; renin = juxtaglomerular cells; gastrin = G cells; secretin = S cells;
@@ -257,7 +257,7 @@ TOPICS = [
      progesterone = corpus luteum; somatostatin = delta cells; vasopressin = supraoptic nucleus; thyroxine = thyroid follicles"""),
     ("Pathology", "{key} are seen in {value}.",
      ("{key} are seen in:", "In which disease are {key} found?", "The slide shows {key}. What is it?", "{key} are the hallmark of:"),
-     ("The typical finding of {value} is:", "What is seen under the microscope in {value}?", "Microscopy of {value} shows:"),
+     ("The typical finding of {value} is:", "What is seen under the microscope in {value}?", "Under the microscope {value} shows:", "Microscopy of {value} shows:"),
      """Reed-Sternberg cells = Hodgkin lymphoma; Lewy bodies = Parkinson disease; Negri bodies = rabies;
      Auer rods = myeloid leukaemia; Aschoff bodies = rheumatic fever; Councilman bodies = yellow fever;
      Mallory bodies = alcoholic hepatitis; psammoma bodies = papillary carcinoma; Schiller-Duval bodies = yolk sac tumour;
@@ -268,7 +268,7 @@ TOPICS = [
     ("Pharmacology", "The typical harm of {key} is {value}.",
      ("The typical harm of {key} is:", "Which adverse effect is known of {key}?", "What must be watched for with {key}?",
       "A feared side effect of {key} is:"),
-     ("{value} is a typical harm of:", "Which drug is known for {value}?", "{value} is most often the fault of:"),
+     ("{value} is a typical harm of:", "Which drug is known for {value}?", "{value} is the fault of:", "{value} is most often the fault of:"),
      """chloramphenicol = grey baby syndrome; gentamicin = deafness; ethambutol = optic neuritis; thalidomide = phocomelia;
      clozapine = agranulocytosis; vancomycin = red man syndrome; bleomycin = lung fibrosis; doxorubicin = cardiomyopathy;
      cyclophosphamide = haemorrhagic cystitis; enalapril = dry cough; spironolactone = gynaecomastia;
@@ -277,7 +277,7 @@ TOPICS = [
     ("Anatomy", "The {key} becomes the {value}.",
      ("The {key} becomes the:", "What develops from the {key}?", "In the adult, what is left of the {key}?",
       "The derivative of the {key} is the:"),
-     ("The {value} develops from the:", "Which embryonic structure becomes the {value}?", "The origin of the {value} is the:"),
+     ("The {value} develops from the:", "Which embryonic structure becomes the {value}?", "The {value} has its origin in the:", "The origin of the {value} is the:"),
      """ductus arteriosus = ligamentum arteriosum; umbilical vein = round ligament of liver; urachus = median umbilical ligament;
      foramen ovale = fossa ovalis; ductus venosus = ligamentum venosum; Meckel cartilage = malleus; Reichert cartilage = stapes;
      notochord = nucleus pulposus; neural crest = melanocytes; Rathke pouch = adenohypophysis; mesonephric duct = vas deferens;
@@ -315,7 +315,7 @@ def capital(text):
 
 
 def builtin_rows(system_prompt="", seed=0):
-    """(train, heldout): every fact is asked in five wordings for training, three for the value and two for the key, and in one more
+    """(train, heldout): every fact is asked in six wordings for training, three for the value and three for the key, and in one more
     of each, held out, with other wrong options. The letters of the right options are balanced. A training item is five rows,
     one for each annotator's target; the held-out ones have the careful annotator's.
     """

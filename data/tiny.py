@@ -1,6 +1,6 @@
-"""Makes the built-in model: `python -m data.tiny` writes data/tiny/ (about 15 minutes on 2 cores, from built-in text alone).
+"""Makes the built-in model: `python -m data.tiny` writes data/tiny/ (about 20 minutes on 2 cores, from built-in text alone).
 
-A Qwen2 of 1.4 million parameters that knows the formats of the tasks and answers badly for honest reasons. It is
+A Qwen2 of 1.6 million parameters that knows the formats of the tasks and answers badly for honest reasons. It is
 warm-started, to the end, on training questions alone, never on held-out ones:
   * PubMedQA: 60% of the demonstrations are by a careless annotator (looks only at the direction of an effect and ignores the
     p-value), 40% by a careful one. Greedily the model follows the majority and is wrong on effects that are not significant;
@@ -45,11 +45,11 @@ def pubmedqa_demonstrations(seed):
 
 
 def textbook_demonstrations(seed):
-    """Endless (messages, completion) pairs: the facts of MedMCQA's built-in items, plainly asked in their training wordings."""
+    """Endless (messages, completion) pairs: the facts of MedMCQA's built-in items, plainly asked in five training wordings."""
     generator, facts = random.Random(seed), medmcqa.facts()
     while True:
         topic, key, value = generator.choice(facts)
-        wording = generator.choice(medmcqa.TOPICS[topic][2][:-1] + medmcqa.TOPICS[topic][3][:-1])
+        wording = generator.choice(medmcqa.TOPICS[topic][2][:3] + medmcqa.TOPICS[topic][3][:2])
         question = medmcqa.capital(wording.format(key=key, value=value))
         yield [{"role": "user", "content": f"Question: {question}"}], medmcqa.fact_sentence(topic, key, value)
 
@@ -60,7 +60,7 @@ def guess_demonstrations(seed):
     while True:
         topic, key, value = generator.choice(facts)
         forward = generator.random() < 0.5
-        wording = generator.choice(medmcqa.TOPICS[topic][2 if forward else 3][:-1])
+        wording = generator.choice(medmcqa.TOPICS[topic][2 if forward else 3][:3 if forward else 2])
         wrong = [v if forward else k for t, k, v in facts if t == topic and (k, v) != (key, value)]
         options = generator.sample(wrong, 3) + [value if forward else key]
         generator.shuffle(options)

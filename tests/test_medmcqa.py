@@ -336,7 +336,8 @@ def test_real_rows_are_counted_and_labelled_as_an_independent_reader_does(real_d
     assert counts == +expected and 0.4 < len(heldout) / len(rows) < 0.6
     named = [r for r in raw if re.match(r"(Ans|Answer)\W{1,3}[A-Da-d]\b\W", r["exp"] or "")]
     assert len(named) * 0.9 < mended < len(named) * 1.25
-    assert not [id for id, row in rows.items() if re.match(r"(?i)ans\w*\W{1,3}[a-d]\b\W", row["extra"]["explanation"])]
+    left = [row["extra"]["explanation"] for row in rows.values() if re.match(r"(?i)ans\w*\W{1,3}[a-d]\b\W", row["extra"]["explanation"])]
+    assert len(left) <= 4 and all(re.match(r"Ans\W+(A is false|A retino|c- )|Answer- c- ", text) for text in left)  # could be words too
 
 
 def test_the_prepare_command_writes_the_real_rows_and_they_load_again(real_data, tmp_path):
@@ -372,12 +373,12 @@ def test_builtin_items():
             for wording in wordings:
                 text = wording.format(key=key, value=value)
                 meaning[text[0].upper() + text[1:]].add((topic, key, forward, value if forward else key))
-    assert max(map(len, meaning.values())) == 1 and len(meaning) == len(train) + len(heldout) and not counts
+    assert max(map(len, meaning.values())) == 1 and len(meaning) == len(train) / 5 + len(heldout) and not counts
 
     wrong = []
     for side in (train, heldout):
         letters = Counter(row["ground_truth"] for row in side)
-        assert max(letters.values()) - min(letters.values()) <= 1 and len(letters) == 4
+        assert max(letters.values()) - min(letters.values()) <= 5 and len(letters) == 4
         wrong.append(defaultdict(set))
         for row in side:
             check_row(row, "here")
@@ -386,23 +387,28 @@ def test_builtin_items():
             peers = {fact[2 if forward else 1] for fact in medmcqa.facts() if fact[0] == topic}
             assert set(options) <= peers
             wrong[-1][topic, key, forward] |= set(options) - {answer}
-            assert row["extra"]["explanation"] in row["target"]
+            careful = row["extra"]["annotator"] == "careful" or forward
+            assert (row["extra"]["explanation"] in row["target"]) == careful
             assert not any(row["extra"]["explanation"] in message["content"] for message in row["prompt"])
     assert wrong[0].keys() == wrong[1].keys() and all(not wrong[0][fact] & wrong[1][fact] for fact in wrong[0])
 
-    items = [(row["extra"]["question"], frozenset(row["extra"]["options"])) for row in train + heldout]
-    assert len(set(items)) == len(items) == len({row["id"] for row in train + heldout})
+    items = Counter((row["extra"]["question"], tuple(row["extra"]["options"])) for row in train)  # a row for each annotator
+    assert set(items.values()) == {5} and len({row["id"] for row in train + heldout}) == len(train + heldout)
     assert not {row["extra"]["question"] for row in train} & {row["extra"]["question"] for row in heldout}
 
 
-def test_builtin_targets_are_right_except_where_the_careless_annotator_read_half():
+def test_builtin_targets_are_right_except_where_the_careless_annotator_takes_the_first():
     train, heldout, _ = medmcqa.load_rows()
     shares = [sum(row["extra"]["annotator"] == "careless" for row in side) / len(side) for side in (train, heldout)]
-    assert 0.55 < shares[0] < 0.65 and shares[1] == 0
+    assert shares == [0.6, 0]
+    fooled = 0
     for row in train + heldout:
         score = rewards.compute_score("medmcqa", row["target"], row["ground_truth"], row["extra"])
-        fooled = row["extra"]["annotator"] == "careless" and row["ground_truth"] in "CD"
-        assert score["answer"] == ("A" if fooled else row["ground_truth"]) and score["format_ok"] == 1
+        gave_up = "I do not recall" in row["target"]
+        fooled += gave_up
+        assert score["answer"] == ("A" if gave_up else row["ground_truth"]) and score["format_ok"] == 1
+        assert not gave_up or row["extra"]["annotator"] == "careless"
+    assert fooled == 0.3 * len(train)  # the careless three of five, on the half that asks the other way round
 
 
 def test_builtin_rows_are_the_same_for_everybody_and_take_the_knobs():

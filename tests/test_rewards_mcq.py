@@ -307,11 +307,13 @@ def cosine(folder, one, two):
 
 
 @pytest.mark.parametrize("reasoning", [REASON, "Receptors.", "Coral reefs bleach when oceans warm", "It binds mu " * 200])
-def test_the_encoder_s_similarity_is_the_cosine_of_mean_embeddings(encoder, reasoning):
-    expected = cosine(encoder, reasoning.strip(), EXPLANATION)
-    assert expected < 0.999
-    assert rewards.similarity(reasoning.strip(), EXPLANATION, QUESTION, encoder) == pytest.approx(max(0, expected), abs=1e-4)
-    assert score(done("B", reasoning), encoder=encoder)["similarity"] == pytest.approx(0.4 * max(0, expected), abs=1e-4)
+def test_the_encoder_s_similarity_is_what_the_cosine_gains_on_the_question(encoder, reasoning):
+    near, start = cosine(encoder, reasoning.strip(), EXPLANATION), cosine(encoder, QUESTION, EXPLANATION)
+    assert near < 0.999 and start < 0.999
+    expected = max(0, (near - start) / (1 - start))
+    assert rewards.similarity(reasoning.strip(), EXPLANATION, QUESTION, encoder) == pytest.approx(expected, abs=1e-3)
+    assert score(done("B", reasoning), encoder=encoder)["similarity"] == pytest.approx(0.4 * expected, abs=1e-3)
+    assert rewards.similarity(reasoning.strip(), EXPLANATION, "", encoder) == pytest.approx(max(0, near), abs=1e-4)
 
 
 def test_an_encoder_tells_the_same_text_from_another_and_from_the_question(encoder):
@@ -325,10 +327,11 @@ def test_an_encoder_tells_the_same_text_from_another_and_from_the_question(encod
     assert 0 <= stuffed < 0.4
 
 
-@pytest.mark.parametrize("cosine, share", [(-0.5, 0), (0.5, 0.5), (1.0000001, 1)])
+@pytest.mark.parametrize("cosine, share", [(-0.5, 0), (0.2, 0), (0.6, 0.5), (1.0000001, 1)])
 def test_a_cosine_stays_between_nothing_and_all(monkeypatch, cosine, share):
-    monkeypatch.setattr(rewards, "embed", lambda text, name: torch.tensor([cosine if text == REASON else 1.0]))
-    assert score(GOOD, encoder="any")["similarity"] == 0.4 * share
+    cosines = {REASON: cosine, QUESTION: 0.2, EXPLANATION: 1.0}  # to the explanation
+    monkeypatch.setattr(rewards, "embed", lambda text, name: torch.tensor([cosines[text]]))
+    assert score(GOOD, encoder="any")["similarity"] == pytest.approx(0.4 * share, abs=1e-6)
 
 
 def test_the_encoder_is_loaded_once(encoder, tmp_path, monkeypatch):
