@@ -71,7 +71,7 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
             answer = normalized(row["extra"]["options"][LETTERS.index(row["ground_truth"])])
             if question in heldout_questions:
                 counts["dropped from training: the question is held out"] += 1
-            elif key in seen:
+            elif key in seen and not prepared:  # prepared rows may hold several targets of an item
                 counts["dropped: occurs before" + ("" if seen[key] == answer else ", with another answer")] += 1
             else:
                 seen[key] = answer

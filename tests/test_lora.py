@@ -316,6 +316,25 @@ def test_option_likelihoods_follow_the_harness_rule(family, family_folder):
         assert record["accuracy"] == float(record["answer"] == row["ground_truth"])
 
 
+def test_option_likelihoods_are_lm_evals(sft_run):
+    """lm-evaluation-harness itself, where it is installed (0.4.13 was), on the base with the adapter merged."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+    from lm_eval.tasks.medmcqa.utils_medmcqa import doc_to_text
+    model, tokenizer, compute = evaluation.load_model(str(sft_run / "model"))
+    model = model.merge_and_unload()
+    rows = [(row, []) for row in medmcqa.builtin_rows()[1][:40]]
+    records = evaluation.option_likelihoods(model, tokenizer, rows, compute, batch_size=7)
+    harness, requests = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), []
+    for row, _ in rows:
+        doc = {"question": row["extra"]["question"], **{"op" + letter: option for letter, option in zip("abcd", row["extra"]["options"])}}
+        requests += [Instance("loglikelihood", {}, (doc_to_text(doc), " " + letter), i) for i, letter in enumerate("ABCD")]
+    theirs = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    for i, record in enumerate(records):
+        assert record["loglikelihoods"] == pytest.approx(theirs[4 * i:4 * i + 4], abs=1e-4)
+        assert record["answer"] == "ABCD"[theirs[4 * i:4 * i + 4].index(max(theirs[4 * i:4 * i + 4]))]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--models", "tiny"], ["NAME=MODEL"]),
     (["--models", "a=tiny", "a=tiny"], ["same name"]),
