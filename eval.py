@@ -126,7 +126,8 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     parameters = sum(p.numel() for p in model.parameters())
     weights = "4-bit" if load_in_4bit else str(options["dtype"]).removeprefix("torch.")
     print(f"model: {name}, {parameters / 1e6:,.1f}M parameters, {weights} weights, computing in "
-          f"{str(compute).removeprefix('torch.')} on " + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"))
+          f"{str(compute).removeprefix('torch.')} on "
+          + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"))
     return model, tokenizer, compute
 
 
@@ -995,8 +996,8 @@ def score_heads(config, heads, rows):
         for name, adapter in own:
             if adapter:
                 model.set_adapter(name)
-            with model.disable_adapter() if not adapter and hasattr(model, "disable_adapter") and hasattr(model, "peft_config") \
-                    else nullcontext():
+            bare = not adapter and any(other for _, other in own)  # the base under the adapters of other heads
+            with model.disable_adapter() if bare else nullcontext():
                 results[name] = {}
                 if config.mode in ("generated", "both"):
                     results[name]["generated"] = evaluate(

@@ -62,8 +62,9 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
     for part, records in enumerate(reversed(parts)):  # held-out rows first: a question that stands there must not be trained on
         rows = []
         for index, (where, record) in enumerate(records):
+            fallback_id = f"{index}" if part == len(parts) - 1 else f"heldout-{index}"
             row = _prepared_row(record, where, system_prompt) if prepared else _row(
-                record, where, f"{index}" if part == len(parts) - 1 else f"heldout-{index}", first, question_field, answer_field, system_prompt, counts)
+                record, where, fallback_id, first, question_field, answer_field, system_prompt, counts)
             if row is None:
                 continue
             question = normalized(row["extra"]["question"])
@@ -182,7 +183,8 @@ TOPICS = [
     ("Biochemistry", "{key} comes from lack of {value}.",
      ("{key} comes from lack of:", "Which nutrient is lacking in {key}?", "A patient has {key}. What is deficient?",
       "Deficiency of which nutrient leads to {key}?"),
-     ("Lack of {value} leads to:", "Which disease comes from too little {value}?", "Deficiency of {value} results in:", "What results from deficiency of {value}?"),
+     ("Lack of {value} leads to:", "Which disease comes from too little {value}?", "Deficiency of {value} results in:",
+      "What results from deficiency of {value}?"),
      """scurvy = vitamin C; beriberi = thiamine; pellagra = niacin; rickets = vitamin D; night blindness = vitamin A;
      pernicious anaemia = vitamin B12; neural tube defect = folate; goitre = iodine; Keshan disease = selenium;
      koilonychia = iron; bleeding of the newborn = vitamin K; acrodermatitis enteropathica = zinc; dental caries = fluoride;
@@ -190,7 +192,8 @@ TOPICS = [
     ("Biochemistry", "{key} is a deficiency of {value}.",
      ("{key} is a deficiency of:", "Which enzyme is deficient in {key}?", "A child has {key}. Which enzyme fails?",
       "The enzyme missing in {key} is:"),
-     ("Deficiency of {value} is seen in:", "Which disease is due to absent {value}?", "A defect of {value} is found in:", "A defect of {value} causes:"),
+     ("Deficiency of {value} is seen in:", "Which disease is due to absent {value}?", "A defect of {value} is found in:",
+      "A defect of {value} causes:"),
      """phenylketonuria = phenylalanine hydroxylase; alkaptonuria = homogentisate oxidase; Gaucher disease = glucocerebrosidase;
      Tay-Sachs disease = hexosaminidase A; Fabry disease = galactosidase A; Pompe disease = acid maltase;
      von Gierke disease = glucose-6-phosphatase; McArdle disease = muscle phosphorylase; Lesch-Nyhan syndrome = HGPRT;
@@ -200,7 +203,8 @@ TOPICS = [
     ("Pharmacology", "The antidote of {key} is {value}.",
      ("The antidote of {key} is:", "Which drug treats overdose of {key}?", "A patient is poisoned with {key}. What is given?",
       "Poisoning by {key} is reversed by:"),
-     ("{value} is the antidote of:", "Against which poison is {value} given?", "Poisoning by what is reversed by {value}?", "{value} reverses poisoning by:"),
+     ("{value} is the antidote of:", "Against which poison is {value} given?", "Poisoning by what is reversed by {value}?",
+      "{value} reverses poisoning by:"),
      """paracetamol = acetylcysteine; morphine = naloxone; diazepam = flumazenil; organophosphate = pralidoxime;
      heparin = protamine; warfarin = phytomenadione; methanol = fomepizole; iron salts = desferrioxamine; lead = succimer;
      cyanide = hydroxocobalamin; digoxin = Fab fragments; methotrexate = folinic acid; propranolol = glucagon;
@@ -209,7 +213,8 @@ TOPICS = [
     ("Anatomy", "Injury of the {key} nerve causes {value}.",
      ("Injury of the {key} nerve causes:", "What is the sign of a cut {key} nerve?", "The {key} nerve is damaged. What is found?",
       "A lesion of the {key} nerve leads to:"),
-     ("{value} is caused by injury of the nerve:", "Which nerve is cut in {value}?", "{value} suggests a lesion of the nerve:", "{value} points to a lesion of which nerve?"),
+     ("{value} is caused by injury of the nerve:", "Which nerve is cut in {value}?",
+      "{value} suggests a lesion of the nerve:", "{value} points to a lesion of which nerve?"),
      """radial = wrist drop; ulnar = claw hand; median = ape thumb; common peroneal = foot drop; long thoracic = winged scapula;
      facial = Bell palsy; oculomotor = ptosis; recurrent laryngeal = hoarseness; phrenic = raised diaphragm;
      abducens = convergent squint; hypoglossal = tongue deviation; superior gluteal = Trendelenburg gait;
@@ -218,7 +223,8 @@ TOPICS = [
     ("Pharmacology", "{key} inhibits {value}.",
      ("{key} inhibits:", "What is the target of {key}?", "A patient takes {key}. Which molecule does it block?",
       "The action of {key} is inhibition of:"),
-     ("{value} is inhibited by:", "Which drug acts on {value}?", "{value} is blocked by the drug:", "The drug that blocks {value} is:"),
+     ("{value} is inhibited by:", "Which drug acts on {value}?", "{value} is blocked by the drug:",
+      "The drug that blocks {value} is:"),
      """omeprazole = proton pump; aspirin = cyclo-oxygenase; simvastatin = HMG-CoA reductase;
      captopril = angiotensin converting enzyme; allopurinol = xanthine oxidase; trimethoprim = dihydrofolate reductase;
      ciprofloxacin = DNA gyrase; rifampicin = RNA polymerase; finasteride = 5-alpha reductase; sildenafil = phosphodiesterase 5;
@@ -240,7 +246,8 @@ TOPICS = [
     ("Medicine", "{key} has {value} antibodies.",
      ("{key} has which antibodies?", "Which autoantibodies mark {key}?", "A patient has {key}. Which antibodies are sought?",
       "The antibodies typical of {key} are directed at:"),
-     ("Antibodies of the kind {value} are typical of:", "Which disease has {value} antibodies?", "{value} antibodies are found in:", "{value} antibodies point to:"),
+     ("Antibodies of the kind {value} are typical of:", "Which disease has {value} antibodies?",
+      "{value} antibodies are found in:", "{value} antibodies point to:"),
      """systemic lupus = double-stranded DNA; biliary cholangitis = mitochondrial; Wegener granulomatosis = proteinase 3;
      coeliac disease = transglutaminase; myasthenia gravis = acetylcholine receptor; Graves disease = TSH receptor;
      Goodpasture syndrome = basement membrane; rheumatoid arthritis = citrullinated peptide; Addison anaemia = intrinsic factor;
@@ -248,16 +255,20 @@ TOPICS = [
      autoimmune hepatitis = smooth muscle; neuromyelitis optica = aquaporin 4; membranous nephropathy = PLA2R;
      bullous pemphigoid = hemidesmosome"""),
     ("Physiology", "{key} is made by the {value}.",
-     ("{key} is made by the:", "Which cells secrete {key}?", "Where does {key} come from?", "The source of {key} in the body is the:"),
-     ("The {value} secretes:", "Which hormone is made by the {value}?", "What is the product of the {value}?", "The product of the {value} is:"),
+     ("{key} is made by the:", "Which cells secrete {key}?", "Where does {key} come from?",
+      "The source of {key} in the body is the:"),
+     ("The {value} secretes:", "Which hormone is made by the {value}?", "What is the product of the {value}?",
+      "The product of the {value} is:"),
      """insulin = beta cells; glucagon = alpha cells; calcitonin = C cells; aldosterone = zona glomerulosa;
      cortisol = zona fasciculata; adrenaline = adrenal medulla; melatonin = pineal gland; prolactin = anterior pituitary;
      testosterone = Leydig cells; inhibin = Sertoli cells; renin = juxtaglomerular cells; gastrin = G cells; secretin = S cells;
      cholecystokinin = I cells; erythropoietin = peritubular fibroblasts; leptin = fat cells;
      progesterone = corpus luteum; somatostatin = delta cells; vasopressin = supraoptic nucleus; thyroxine = thyroid follicles"""),
     ("Pathology", "{key} are seen in {value}.",
-     ("{key} are seen in:", "In which disease are {key} found?", "The slide shows {key}. What is it?", "{key} are the hallmark of:"),
-     ("The typical finding of {value} is:", "What is seen under the microscope in {value}?", "Under the microscope {value} shows:", "Microscopy of {value} shows:"),
+     ("{key} are seen in:", "In which disease are {key} found?", "The slide shows {key}. What is it?",
+      "{key} are the hallmark of:"),
+     ("The typical finding of {value} is:", "What is seen under the microscope in {value}?",
+      "Under the microscope {value} shows:", "Microscopy of {value} shows:"),
      """Reed-Sternberg cells = Hodgkin lymphoma; Lewy bodies = Parkinson disease; Negri bodies = rabies;
      Auer rods = myeloid leukaemia; Aschoff bodies = rheumatic fever; Councilman bodies = yellow fever;
      Mallory bodies = alcoholic hepatitis; psammoma bodies = papillary carcinoma; Schiller-Duval bodies = yolk sac tumour;
@@ -268,7 +279,8 @@ TOPICS = [
     ("Pharmacology", "The typical harm of {key} is {value}.",
      ("The typical harm of {key} is:", "Which adverse effect is known of {key}?", "What must be watched for with {key}?",
       "A feared side effect of {key} is:"),
-     ("{value} is a typical harm of:", "Which drug is known for {value}?", "{value} is the fault of:", "{value} is most often the fault of:"),
+     ("{value} is a typical harm of:", "Which drug is known for {value}?", "{value} is the fault of:",
+      "{value} is most often the fault of:"),
      """chloramphenicol = grey baby syndrome; gentamicin = deafness; ethambutol = optic neuritis; thalidomide = phocomelia;
      clozapine = agranulocytosis; vancomycin = red man syndrome; bleomycin = lung fibrosis; doxorubicin = cardiomyopathy;
      cyclophosphamide = haemorrhagic cystitis; enalapril = dry cough; spironolactone = gynaecomastia;
@@ -277,7 +289,8 @@ TOPICS = [
     ("Anatomy", "The {key} becomes the {value}.",
      ("The {key} becomes the:", "What develops from the {key}?", "In the adult, what is left of the {key}?",
       "The derivative of the {key} is the:"),
-     ("The {value} develops from the:", "Which embryonic structure becomes the {value}?", "The {value} has its origin in the:", "The origin of the {value} is the:"),
+     ("The {value} develops from the:", "Which embryonic structure becomes the {value}?",
+      "The {value} has its origin in the:", "The origin of the {value} is the:"),
      """ductus arteriosus = ligamentum arteriosum; umbilical vein = round ligament of liver; urachus = median umbilical ligament;
      foramen ovale = fossa ovalis; ductus venosus = ligamentum venosum; Meckel cartilage = malleus; Reichert cartilage = stapes;
      notochord = nucleus pulposus; neural crest = melanocytes; Rathke pouch = adenohypophysis; mesonephric duct = vas deferens;
