@@ -124,7 +124,8 @@ def main(config):
     evaluation.check_at_least(0, config, "lora_r", "limit", "eval_every", "save_every")
     if not (config.learning_rate > 0 and config.max_grad_norm > 0):
         raise InputError("--learning_rate and --max_grad_norm must be more than 0")
-    run = evaluation.Run("sft", replace(config, out=config.out or f"runs/sft-{config.task}"))
+    out = config.out or ("" if config.resume else f"runs/sft-{config.task}")  # --resume needs --out, which Run says
+    run = evaluation.Run("sft", replace(config, out=out))
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
