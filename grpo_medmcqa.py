@@ -2,7 +2,7 @@
 
     python sft.py --task medmcqa           first: the adapter to start from, runs/sft-medmcqa/model
     python grpo_medmcqa.py                 GPU: goes on with it on Qwen3-4B-Base and the hub's MedMCQA
-                                           no GPU: the built-in model and facts, about 2 minutes
+                                           no GPU: the built-in model and facts, about 3 minutes
     python grpo_medmcqa.py --adapter DIR   starts from another adapter; --adapter none from a fresh one
     python grpo_medmcqa.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes needed)
     python grpo_medmcqa.py --help          every knob

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the warm start before GRPO, for any task that has gold completions.
 
     python sft.py --task medmcqa                       GPU: a LoRA adapter for Qwen3-4B-Base on the hub's MedMCQA
-                                                       no GPU: the built-in model and items, about 2 minutes
+                                                       no GPU: the built-in model and items, about 3 minutes
     python sft.py --task medmcqa --data PATH           your own rows: what data.prepare reads, or has prepared
     python sft.py --task medmcqa --lora_r 0            all weights instead of an adapter
     python sft.py --help                               every knob
