@@ -381,5 +381,6 @@ def test_the_benchmark_and_its_gpu_command_run(tmp_path, capsys):
     for step in (bench.our_step(setting), bench.padded_step(setting)):
         assert all(seconds > 0 for seconds in step())  # asserts the forced lengths
     bench.gpu(argparse.Namespace(rounds=1, out=str(tmp_path / "gpu.json")))
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 2 * len(bench.REAL)
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert {(r["model"], r["cap_gb"], r["loop"]) for r in results} == {(m, c, l) for m in bench.REAL for c in (16, 24) for l in ("ours", "padded")}
     assert "tiny shapes" in capsys.readouterr().out
