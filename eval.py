@@ -832,6 +832,8 @@ class Run:
             if title == "Accuracy":
                 axis.plot(*zip(*sorted(points)), "ko-", markersize=5, linewidth=1, label="held out, greedy") if points else None
                 axis.set_ylim(0, 1.02)
+            if title == "Reward":
+                axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
             axis.set_title(title, fontsize=13)
             axis.set_xlabel("step")
             axis.set_ylabel(unit)
