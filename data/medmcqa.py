@@ -27,8 +27,9 @@ SYSTEM_PROMPT = """Answer the question with one of its four options. First work 
 # "Ans-a.", "Answer: (B)", "Ans. is 'c' i.e.,", "Ans. BSolitary ..."; not "Ans. all of these", "Ans. DNA ...", "Ans. A 45-year-old"
 NAMED_OPTION = re.compile(
     r"""\W{0,9}(?:[Cc]orrect\s)?(?i:ans|answer)\b[\s.:=-]{0,9}(?:is\b\s?)?['"(\[]{0,3}([A-Da-d])"""
-    r"""(?=$|['")\].:]|\s[.:(]|\(|\s?-(?!\s?[a-z])|,(?!\s?[A-Da-d]\b)|\s?i\.?\s?e\b|\s?[A-Z][a-z])"""
+    r"""(?=$|['")\].:]|\s[.:(]|\(|\s?-(?![a-z])|,(?!\s?[A-Da-d]\b)|\s?i\.?\s?e\b|\s?[A-Z][a-z])"""
     r"""['")\]]{0,3}\s?[.:,]{0,3}\s?(?:i\.?\s?e\b\.?[\s,:]{0,3})?""")
+SPELLED_OPTION = re.compile(r"\W{0,9}(?i:ans|answer)\b[\s.:=-]{0,9}[A-Da-d]\s")
 LEADING = re.compile(r"^(?:[\s.,:;)*]|-(?!\d))+")  # what is left over in front once the option is gone
 
 
@@ -148,7 +149,9 @@ def _prepared_row(record, where, system_prompt):
 def clean_explanation(explanation, answer):
     """An explanation without the option that it begins by naming ("Ans-a. Fluoxetine ..."), which would answer before it reasons."""
     text = explanation.strip()
-    match = NAMED_OPTION.match(text)
+    spelled = SPELLED_OPTION.match(text)  # "Ans. A retinoblastoma ...": it takes the option's own words to tell it from an article
+    named_in_words = spelled and text[spelled.end():].casefold().startswith(answer.rstrip(".").casefold())
+    match = spelled if named_in_words else NAMED_OPTION.match(text)
     if not match:
         return text
     text, answer = LEADING.sub("", text[match.end():], count=1), answer.rstrip(".")

@@ -337,7 +337,7 @@ def test_real_rows_are_counted_and_labelled_as_an_independent_reader_does(real_d
     named = [r for r in raw if re.match(r"(Ans|Answer)\W{1,3}[A-Da-d]\b\W", r["exp"] or "")]
     assert len(named) * 0.9 < mended < len(named) * 1.25
     left = [row["extra"]["explanation"] for row in rows.values() if re.match(r"(?i)ans\w*\W{1,3}[a-d]\b\W", row["extra"]["explanation"])]
-    assert len(left) <= 4 and all(re.match(r"Ans\W+(A is false|A retino|c- )|Answer- c- ", text) for text in left)  # could be words too
+    assert [text[:40] for text in left] == ["Ans: A is false & b, c, d are trueCPR te"]  # it judges an option
 
 
 def test_the_prepare_command_writes_the_real_rows_and_they_load_again(real_data, tmp_path):
@@ -378,7 +378,7 @@ def test_builtin_items():
     wrong = []
     for side in (train, heldout):
         letters = Counter(row["ground_truth"] for row in side)
-        assert max(letters.values()) - min(letters.values()) <= 5 and len(letters) == 4
+        assert max(letters.values()) == min(letters.values()) and len(letters) == 4
         wrong.append(defaultdict(set))
         for row in side:
             check_row(row, "here")
