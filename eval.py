@@ -9,7 +9,12 @@ format rate, and pass@1 over --samples sampled answers. It writes eval.jsonl (a 
 
 scores several heads on the same rows, the base loaded once, with paired tests between them; --mode adds the log-likelihood of
 the option letters. It writes results.jsonl (a line a question), summary.json, and report.html, a page to look through.
+
+    python eval.py chat --models base=M grpo=M+ADAPTER
+
+talks with heads, one after the other under their names; /clear, /system TEXT, /save FILE, /quit or Ctrl-D. Works from a pipe.
 """
+import functools
 import html
 import itertools
 import json
@@ -43,9 +48,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import InputError, described, hub_message, load_task, medmcqa, one_line_errors, pubmedqa
+from data import InputError, described, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors, pubmedqa
 
-TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa}
+TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -170,7 +175,7 @@ def adapter_base(folder):
 
 
 def pick_encoder(similarity, encoder):
-    """Name of the sentence encoder of the similarity reward, or "" for word overlap; prints the choice.
+    """Name of the encoder or cross-encoder of the similarity reward, or "" for word overlap; prints the choice.
 
     similarity: "embeddings" (an InputError where the encoder cannot be had), "overlap", or "auto".
     """
@@ -180,12 +185,23 @@ def pick_encoder(similarity, encoder):
         except Exception as error:  # a dozen types of transformers and hub, one thing to the user: no encoder
             if similarity == "embeddings":
                 raise InputError(hub_message(f"encoder {encoder}", error, "--similarity overlap")) from error
-            print(f"reward: {encoder} cannot be had, the similarity to the explanation is the overlap of words")
+            print(f"reward: {encoder} cannot be had, the similarity to the gold text is the overlap of words")
             return ""
-        print(f"reward: the similarity to the explanation is by embeddings of {encoder}")
+        print(f"reward: the similarity to the gold text is by {encoder}")
         return encoder
-    print("reward: the similarity to the explanation is the overlap of words")
+    print("reward: the similarity to the gold text is the overlap of words")
     return ""
+
+
+def check_scorers(language_model, reward_model):
+    """Loads the language model of the fluency reward and the trained reward model, "" for none; raises InputError where it can't."""
+    for name, load, flag in ((language_model, rewards.load_language_model, "--language_model"),
+                             (reward_model, rewards.load_reward_model, "--reward_model")):
+        try:
+            load(name) if name else None
+        except Exception as error:  # a dozen types of transformers, peft and hub, one thing to the user: no model
+            made = "a folder of `python rewards.py train`, or none" if flag == "--reward_model" else f"{flag} ''"
+            raise InputError(hub_message(f"{flag} {name}", error, made)) from error
 
 
 def autocast(compute):
@@ -476,6 +492,27 @@ def mcnemar(before, after):
     return {"only_before": only_before, "only_after": only_after, "p_value": p_value}
 
 
+def bootstrap_interval(values, n=2000):
+    """95% interval of a mean, [low, high]: percentiles of the means of n resamples, always the same ones (Efron 1979,
+    doi:10.1214/aos/1176344552).
+    """
+    values, generator = numpy.asarray(values), numpy.random.default_rng(0)
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(n)]
+    return [float(x) for x in numpy.percentile(means, [2.5, 97.5])]
+
+
+def paired_test(before, after):
+    """Exact paired test of two lists of records on the same examples: of accuracy, or, of free text, of scores that differ by 0.01 or
+    more (then it is the sign test), with the mean difference and its bootstrap interval. See mcnemar.
+    """
+    if "rule" not in before[0]:
+        return mcnemar([r["accuracy"] for r in before], [r["accuracy"] for r in after])
+    scores = [[round(r["score"], 2) for r in records] for records in (before, after)]
+    differences = [b["score"] - a["score"] for a, b in zip(before, after)]
+    return {**mcnemar(*scores), "ties": sum(a == b for a, b in zip(*scores)), "difference": fmean(differences),
+            "difference_ci95": bootstrap_interval(differences)}
+
+
 def macro_f1(truths, answers):
     """Mean F1 over the classes of `truths`; an unparsed answer ("") is a miss of its class."""
     scores = []
@@ -485,13 +522,21 @@ def macro_f1(truths, answers):
     return sum(scores) / len(scores)
 
 
+def score_completions(texts, rows, **free_text):
+    """The score dict of each completion of its row; free_text: knobs of rewards.compute_scores, where rows are of that kind."""
+    source = rows[0]["data_source"]
+    if source in rewards.METHOD:
+        return rewards.compute_scores(source, texts, [row["ground_truth"] for row in rows], [row["extra"] for row in rows], **free_text)
+    return [rewards.compute_score(source, text, row["ground_truth"], row["extra"]) for text, row in zip(texts, rows)]
+
+
 def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0,
-             title="eval"):
+             title="eval", score=score_completions):
     """Answers every row greedily, and `samples` times at `temperature` for pass@1, and scores the answers strictly.
 
-    rows: [(row, prompt_ids)] as encode_rows gives them. Returns a record an example, in the order of `rows`: id,
-    ground_truth, the keys of rewards.compute_score, length (tokens), truncated, completion, and with samples
-    sampled_accuracy (a list).
+    rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of score dicts. Returns
+    a record an example, in the order of `rows`: id, ground_truth, the keys of those dicts, length (tokens), truncated,
+    completion, and with samples sampled_accuracy (a list).
     """
     stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # alike lengths together: less padding
@@ -503,16 +548,14 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
             ids, mask, _ = generate(model, prompts, max_new_tokens=max_completion_length, stop_ids=stops, temperature=0.0)
             sampled = generate(model, prompts, samples, max_new_tokens=max_completion_length, stop_ids=stops,
                                temperature=temperature, generator=generator)[:2] if samples else None
-        for j, (i, text) in enumerate(zip(batch, decode(tokenizer, ids, mask))):
-            row, length = rows[i][0], int(mask[j].sum())
-            score = rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])
-            records[i] = {"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""), **score, "length": length,
-                          "truncated": int(ids[j, length - 1]) not in stops, "completion": text}
+        texts, own = decode(tokenizer, ids, mask), [rows[i][0] for i in batch]
+        for j, (i, row, text, scored) in enumerate(zip(batch, own, texts, score(texts, own))):
+            length = int(mask[j].sum())
+            records[i] = {"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""), **scored,
+                          "length": length, "truncated": int(ids[j, length - 1]) not in stops, "completion": text}
         if samples:
-            for j, text in enumerate(decode(tokenizer, *sampled)):
-                row, record = rows[batch[j // samples]][0], records[batch[j // samples]]
-                record.setdefault("sampled_accuracy", []).append(
-                    rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])["accuracy"])
+            for j, scored in enumerate(score(decode(tokenizer, *sampled), [row for row in own for _ in range(samples)])):
+                records[batch[j // samples]].setdefault("sampled_accuracy", []).append(scored["accuracy"])
     return records
 
 
@@ -554,21 +597,31 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
     return records
 
 
+FREE_TEXT_PARTS = ("findings", "tokens", "similarity", "fluency", "format", "brevity", "learned")
+
+
 def summarize(records):
     """The summary of evaluate's or option_likelihoods' records: accuracy with accuracy_ci95 (Wilson), n, majority_accuracy (of
     always giving the commonest class), macro_f1, answers (how often each was given); of generated answers format_rate,
     mean_length (tokens) and truncated (share); pass_at_1 (mean accuracy of the sampled answers) where there are samples;
-    by_subject ({subject: n, accuracy, accuracy_ci95}) where there are subjects.
+    by_subject ({subject: n, accuracy, accuracy_ci95}) where there are subjects. Of free text, which has no classes, score and
+    parts (each mean with its bootstrap interval) instead of majority_accuracy, macro_f1 and answers.
     """
     truths, answers, n = [r["ground_truth"] for r in records], [r["answer"] for r in records], len(records)
     correct = int(sum(r["accuracy"] for r in records))
-    summary = {
-        "accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n,
-        "majority_accuracy": max(Counter(truths).values()) / n, "macro_f1": macro_f1(truths, answers)}
+    summary = {"accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n}
+    if "rule" in records[0]:
+        names = ("score", "rule", *FREE_TEXT_PARTS)
+        parts = {name: [r[name] for r in records] for name in names if name in records[0]}
+        parts = {name: {"mean": fmean(values), "ci95": bootstrap_interval(values)} for name, values in parts.items()}
+        summary |= {"score": parts["score"]["mean"], "score_ci95": parts.pop("score")["ci95"], "parts": parts}
+    else:
+        summary |= {"majority_accuracy": max(Counter(truths).values()) / n, "macro_f1": macro_f1(truths, answers)}
     if "length" in records[0]:
         summary |= {"format_rate": sum(r["format_ok"] for r in records) / n, "mean_length": sum(r["length"] for r in records) / n,
                     "truncated": sum(r["truncated"] for r in records) / n}
-    summary["answers"] = dict(Counter(a or "none" for a in answers).most_common())
+    if "macro_f1" in summary:
+        summary["answers"] = dict(Counter(a or "none" for a in answers).most_common())
     if "sampled_accuracy" in records[0]:
         summary["samples"] = len(records[0]["sampled_accuracy"])
         summary["pass_at_1"] = sum(sum(r["sampled_accuracy"]) for r in records) / (n * summary["samples"])
@@ -584,13 +637,16 @@ def summarize(records):
 
 def describe(summary):
     """One line of an evaluation for the console."""
-    low, high = summary["accuracy_ci95"]
-    text = f"accuracy {summary['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} (majority {summary['majority_accuracy']:.3f})"
+    free_text, name = "score" in summary, "score" if "score" in summary else "accuracy"
+    low, high = summary[f"{name}_ci95"]
+    text = f"{name} {summary[name]:.3f} [{low:.3f}, {high:.3f}] on {summary['n']}"
+    text += f", findings F1 {summary['parts']['findings']['mean']:.3f}, all right {summary['accuracy']:.3f}" if free_text else (
+        f" (majority {summary['majority_accuracy']:.3f})")
     text += f", pass@1 {summary['pass_at_1']:.3f} over {summary['samples']}" if "samples" in summary else ""
-    text += f", macro-F1 {summary['macro_f1']:.3f}"
+    text += "" if free_text else f", macro-F1 {summary['macro_f1']:.3f}"
     if "format_rate" in summary:
         text += f", format {summary['format_rate']:.3f}, {summary['mean_length']:.0f} tokens"
-    return text + f", answers {summary['answers']}"
+    return text + ("" if free_text else f", answers {summary['answers']}")
 
 
 # === report.html ======================================================================================================
@@ -604,14 +660,24 @@ def _bars(mode, summaries):
     parts = [f'<path class="grid" d="M{x} 0V{bottom}"/><text x="{x}" y="{bottom + 18}" text-anchor="middle">{x // 4}%</text>'
              for x in range(0, 401, 100)]
     for top, (name, s) in zip(range(0, bottom, 48), summaries.items()):
-        x, low, high, majority = (round(400 * v, 1) for v in (s["accuracy"], *s["accuracy_ci95"], s["majority_accuracy"]))
+        value, interval = headline(s)
+        x, low, high = (round(400 * max(0, v), 1) for v in (value, *interval))
+        dashed = f'<path class="majority" d="M{round(400 * s["majority_accuracy"], 1)} {top}v48"/>' if "majority_accuracy" in s else ""
         parts.append(f'<text x="4" y="{top + 15}">{html.escape(name)}</text>'
-                     f'<text x="400" y="{top + 15}" text-anchor="end">{s["accuracy"]:.1%}</text>'
-                     f'<rect y="{top + 21}" width="{x}" height="18"/><path class="majority" d="M{majority} {top}v48"/>'
+                     f'<text x="400" y="{top + 15}" text-anchor="end">{value:.1%}</text>'
+                     f'<rect y="{top + 21}" width="{x}" height="18"/>{dashed}'
                      f'<path class="whisker" d="M{low} {top + 25}v10m0-5H{high}m0-5v10"/>')
-    return (f'<figure><figcaption>{MODES[mode].capitalize()}</figcaption><svg viewBox="-14 0 436 {bottom + 24}" role="img" '
-            f'aria-label="Bars of accuracy; the numbers are in the next table">{"".join(parts)}</svg>'
-            f'<small>Whiskers: 95% interval. Dashed: always giving the commonest answer.</small></figure>')
+    title, below = (MODES[mode].capitalize(), " Dashed: always giving the commonest answer.") if dashed else (
+        "Score of the answers, 100% is the most", "")
+    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="-14 0 436 {bottom + 24}" role="img" '
+            f'aria-label="Bars of {"accuracy" if dashed else "score"}; the numbers are in the next table">{"".join(parts)}</svg>'
+            f'<small>Whiskers: 95% interval.{below}</small></figure>')
+
+
+def headline(summary):
+    """(value, interval) of what a summary is about: the score of free text, the accuracy of everything else."""
+    name = "score" if "score" in summary else "accuracy"
+    return summary[name], summary[f"{name}_ci95"]
 
 
 def _table(caption, columns, lines):
@@ -627,7 +693,8 @@ def report_html(title, heads, rows, paired=()):
     """One self-contained page that compares model heads on the same questions: chart, tables, and each question to read.
 
     heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; summary: accuracy, accuracy_ci95, n,
-    majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated answers, format_rate, mean_length.
+    majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated answers, format_rate, mean_length; of
+    free text score, score_ci95 and parts.
     rows: {"id", "question", "options", "ground_truth", "subject", "answers": {name: {"answer", "accuracy", "completion"}}}.
     paired: {"before", "after", "mode", "only_before", "only_after", "p_value"}, names of heads and counts of questions.
     Returns HTML that loads nothing and shows whatever a model wrote as text.
@@ -636,7 +703,9 @@ def report_html(title, heads, rows, paired=()):
     modes = {mode: summaries for mode, summaries in modes.items() if summaries}
     readable = [name for name in heads if any(name in row["answers"] for row in rows)]
     tested = [(p["before"], p["after"]) for p in paired if p["mode"] == "generated"]
-    data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])), "rows": rows}
+    free_text = any("score" in summary for summaries in modes.values() for summary in summaries.values())
+    data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])), "rows": rows, "freeText": free_text}
+    words = ("better", "worse", "sign test on scores") if free_text else ("newly right", "newly wrong", "McNemar")
 
     def named(name, mode):
         return f"{html.escape(name)} <small>{MODES[mode]}</small>"
@@ -645,21 +714,28 @@ def report_html(title, heads, rows, paired=()):
         return "{:.1%} <small>({:.1%} to {:.1%})</small>".format(s["accuracy"], *s["accuracy_ci95"]) if s else "–"
 
     def count(p, kind, key):
-        view = quote(f"newly {kind}: {p['before']} → {p['after']}")
+        view = quote(f"{kind}: {p['before']} → {p['after']}")
         return f'<a href="#filter={view}">{p[key]}</a>' if p["mode"] == "generated" else p[key]
 
     def verdict(p):
         better = p["after"] if p["only_after"] > p["only_before"] else p["before"]
         return f"{html.escape(better)} is better" if p["p_value"] < 0.05 else "no difference shown"
 
-    tables = _table("Heads", ["head", "accuracy (95% interval)", "questions", "majority", "format", "mean length"], [
-        [named(name, mode), score(s), s["n"], f"{s['majority_accuracy']:.1%}",
+    tables = _table("Heads", ["head", "all right (95% interval)" if free_text else "accuracy (95% interval)", "questions",
+                              "majority", "format", "mean length"], [
+        [named(name, mode), score(s), s["n"], f"{s['majority_accuracy']:.1%}" if "majority_accuracy" in s else "–",
          f"{s['format_rate']:.1%}" if "format_rate" in s else "–", f"{s['mean_length']:.1f}" if "mean_length" in s else "–"]
         for mode, summaries in modes.items() for name, s in summaries.items()])
+    if free_text:
+        summaries = modes["generated"]
+        tables += _table("Parts of the score (95% interval)", ["part", *map(html.escape, summaries)], [
+            [part, *("{:.3f} <small>({:.3f} to {:.3f})</small>".format(value, *interval) for value, interval in (
+                headline(s) if part == "score" else (s["parts"][part]["mean"], s["parts"][part]["ci95"]) for s in summaries.values()))]
+            for part in ("score", *next(iter(summaries.values()))["parts"])])
     if paired:
-        tables += _table("Paired tests (McNemar)", ["before → after", "newly right", "newly wrong", "p", "verdict"], [
-            [named(f"{p['before']} → {p['after']}", p["mode"]), count(p, "right", "only_after"),
-             count(p, "wrong", "only_before"), f"{p['p_value']:.2g}", verdict(p)] for p in paired])
+        tables += _table(f"Paired tests ({words[2]})", ["before → after", *words[:2], *["ties"] * free_text, "p", "verdict"], [
+            [named(f"{p['before']} → {p['after']}", p["mode"]), count(p, words[0], "only_after"),
+             count(p, words[1], "only_before"), *[p.get("ties")] * free_text, f"{p['p_value']:.2g}", verdict(p)] for p in paired])
     mode, summaries = next(iter(modes.items()))
     sizes = {subject: part["n"] for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
     if sizes:
@@ -668,7 +744,7 @@ def report_html(title, heads, rows, paired=()):
             for subject in sorted(sizes, key=lambda subject: (-sizes[subject], subject))])
     page = Template((Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8"))
     return page.substitute(
-        title=html.escape(title), intro=f"How {html.escape(', '.join(heads))} answer the same questions, and what each wrote.",
+        title=html.escape(title), what="Score" if free_text else "Accuracy", intro=f"How {html.escape(', '.join(heads))} answer the same questions, and what each wrote.",
         charts="".join(_bars(*item) for item in modes.items()), tables=tables,
         # "<" could close the script element; json.dumps itself escapes all beyond ASCII: U+2028, U+2029, lone surrogates.
         data=json.dumps(data).replace("<", "\\u003c"))
@@ -694,7 +770,7 @@ class Run:
         if config.resume and not config.out:
             raise InputError("--resume needs --out DIR: the folder of the run to continue")
         self.folder = Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        self.signal, self.wandb, self.finished = None, None, False
+        self.signal, self.wandb, self.finished, self.warned = None, None, False, False
         known = self.folder / "config.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--out {self.folder} is a file, a folder is needed")
@@ -758,6 +834,18 @@ class Run:
         if step == 1 or step % max(1, steps // 4) == 0:
             text = f"{group['row']['extra']['question']} ({group['row']['ground_truth']})\n{group['texts'][0][:600]}"
             bar.write(printable(text).replace("\n", "\n    | ") + f"\n    reward {group['rewards'][0]:.1f}")
+
+    def warn_if_parted(self, bar, window=20):
+        """Says once when, from one window of steps to the next, the learned reward rose and the rule reward fell: it is being gamed."""
+        records = self.read_records("metrics")[-2 * window:]
+        if self.warned or len(records) < 2 * window:
+            return
+        (learned, rule) = (fmean(r[f"reward_{name}"] for r in records[window:]) - fmean(r[f"reward_{name}"] for r in records[:window])
+                           for name in ("learned", "rule"))
+        if learned > 0.02 and rule < -0.02:
+            self.warned = True
+            bar.write(f"WARNING: over the last {window} steps the reward model's score rose by {learned:.3f} while the rules' fell by "
+                      f"{-rule:.3f}: it is being gamed. Lower --learned_weight, raise --beta, or train the reward model on such answers")
 
     def stop_if_asked(self, bar, step):
         """Ends the process with 128 + signal after a SIGINT or SIGTERM; call it right after save_checkpoint."""
@@ -856,17 +944,28 @@ class Run:
 def compare(before_records, after_records):
     """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for summary.json."""
     before, after = summarize(before_records), summarize(after_records)
-    paired = mcnemar([r["accuracy"] for r in before_records], [r["accuracy"] for r in after_records])
-    better = "after" if after["accuracy"] > before["accuracy"] else "before"
+    paired, free_text = paired_test(before_records, after_records), "score" in before
+    better = "after" if paired["only_after"] > paired["only_before"] else "before"
     paired["better"] = better if paired["p_value"] < 0.05 else "neither"
     print(f"{'':20}{'before':>18}{'after':>18}")
-    for key in ("accuracy", "accuracy_ci95", "majority_accuracy", "macro_f1", "format_rate", "mean_length"):
-        cells = [f"[{v[0]:.3f}, {v[1]:.3f}]" if isinstance(v, list) else f"{v:.3f}" for v in (before[key], after[key])]
+    table = [(key, before[key], after[key]) for key in ("score", "score_ci95", "accuracy", "accuracy_ci95", "majority_accuracy", "macro_f1",
+                                                        "format_rate", "mean_length") if key in before]
+    table += [(name, before["parts"][name]["mean"], after["parts"][name]["mean"]) for name in before.get("parts", ())]
+    for key, *values in table:
+        cells = [f"[{v[0]:.3f}, {v[1]:.3f}]" if isinstance(v, list) else f"{v:.3f}" for v in values]
         print(f"{key:20}{cells[0]:>18}{cells[1]:>18}")
     verdict = {"after": "training helped", "before": "TRAINING DID HARM", "neither": "no difference shown"}[paired["better"]]
-    print(f"{verdict}: {paired['only_after']} of {after['n']} questions newly right, {paired['only_before']} newly wrong, "
-          f"McNemar p = {paired['p_value']:.2g}")
+    print(f"{verdict}: {describe_pair(paired, after['n'])}")
     return {"before": before, "after": after, "paired": paired}
+
+
+def describe_pair(paired, n):
+    """One line of a paired test for the console."""
+    if "ties" in paired:
+        low, high = paired["difference_ci95"]
+        return (f"score {paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; better on {paired['only_after']} of {n} questions, worse on "
+                f"{paired['only_before']}, tied on {paired['ties']}, sign test p = {paired['p_value']:.2g}")
+    return f"{paired['only_after']} of {n} questions newly right, {paired['only_before']} newly wrong, McNemar p = {paired['p_value']:.2g}"
 
 
 def rollout_metrics(groups):
@@ -906,7 +1005,7 @@ def versions():
 class Config:
     """Scores a model on the held-out questions of a task."""
 
-    task: Literal["pubmedqa", "medmcqa"] = "pubmedqa"  # which dataset module reads the data
+    task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "pubmedqa"  # which dataset module reads the data
     model: str = "tiny"  # tiny, a model folder, an adapter folder, or a hub id
     models: tuple[str, ...] = ()  # instead: heads to compare, each NAME=MODEL or NAME=MODEL+ADAPTER
     mode: Literal["generated", "loglikelihood", "both"] = "generated"  # how heads answer four-option questions
@@ -921,6 +1020,10 @@ class Config:
     system_prompt: str = ""  # file with a system prompt instead of the task's
     eval_size: int = 0  # score only so many rows (0 = all)
     limit: int = 0  # read only so many rows (0 = all)
+    similarity: Literal["auto", "embeddings", "overlap"] = "auto"  # free text: how answers are compared with the gold ones
+    encoder: str = "cross-encoder/stsb-roberta-base"  # ... by which cross-encoder or sentence encoder
+    language_model: str = ""  # ... whose perplexity is the fluency ("" = leave fluency out)
+    reward_model: str = ""  # ... and a trained reward model to report beside the rules
     samples: int = 0  # also sample so many answers a question and report pass@1
     temperature: float = 1.0  # of those samples
     max_prompt_length: int = 2048  # rows with a longer prompt are left out, and counted
@@ -982,7 +1085,11 @@ def score_heads(config, heads, rows):
     """({name: {"generated": records, "loglikelihood": records}} of every head, the rows that they answered); a base is in memory
     once. Raises InputError where heads cannot answer the same rows.
     """
-    results, answered = {}, None
+    results, answered, free_text = {}, None, {}
+    if config.task in ("ecg", "medical_o1"):
+        check_scorers(config.language_model, config.reward_model)
+        free_text = {"encoder": pick_encoder(config.similarity, config.encoder), "language_model": config.language_model,
+                     "reward_model": config.reward_model}
     for source in dict.fromkeys(model for _, model, _ in heads):
         model, tokenizer, compute = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
                                                load_in_4bit=config.load_in_4bit)
@@ -1004,7 +1111,8 @@ def score_heads(config, heads, rows):
                 if config.mode in ("generated", "both"):
                     results[name]["generated"] = evaluate(
                         model, tokenizer, encoded, compute, max_completion_length=config.max_completion_length, title=name,
-                        batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature, seed=config.seed)
+                        batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature, seed=config.seed,
+                        score=functools.partial(score_completions, **free_text))
                 if config.mode in ("loglikelihood", "both"):
                     results[name]["loglikelihood"] = option_likelihoods(model, tokenizer, encoded, compute, title=name,
                                                                         batch_size=config.eval_batch_size)
@@ -1020,10 +1128,10 @@ def compare_heads(config, folder, rows, results):
     for one, two in itertools.combinations(results, 2):
         for mode in results[one]:
             a, b = (results[name][mode] for name in (one, two))
-            test = mcnemar([r["accuracy"] for r in a], [r["accuracy"] for r in b])
+            test = paired_test(a, b)
             paired.append({"before": one, "after": two, "mode": mode, **test})
-            print(f"{one} -> {two}, {mode}: {summaries[one][mode]['accuracy']:.3f} -> {summaries[two][mode]['accuracy']:.3f}, "
-                  f"{test['only_after']} newly right, {test['only_before']} newly wrong, McNemar p = {test['p_value']:.2g}")
+            print(f"{one} -> {two}, {mode}: {headline(summaries[one][mode])[0]:.3f} -> {headline(summaries[two][mode])[0]:.3f}, "
+                  + describe_pair(test, len(a)))
     lines = []
     for i, row in enumerate(rows):
         answers = {mode: {name: modes[mode][i] for name, modes in results.items()} for mode in next(iter(results.values()))}
@@ -1069,6 +1177,104 @@ def main(config):
     print(f"written: {folder}/summary.json, {folder}/eval.jsonl")
 
 
+# === chat =============================================================================================================
+
+
+@dataclass
+class Chat:
+    """Talks with one or more heads, one after the other, each with a history of its own."""
+
+    models: tuple[str, ...] = ("tiny=tiny",)  # heads, each NAME=MODEL or NAME=MODEL+ADAPTER
+    system: str = ""  # system prompt ("" = none); /system changes it
+    task: Literal["", "pubmedqa", "medmcqa", "ecg", "medical_o1"] = ""  # instead: the system prompt that a task trains with
+    temperature: float = 0.7  # of sampling (0 = the likeliest token)
+    max_completion_length: int = 400  # tokens an answer may have
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what to compute in
+    attn_implementation: str = "sdpa"  # attention kernel of transformers
+    load_in_4bit: bool = False  # quantise the models through bitsandbytes
+    seed: int = 0  # of sampling
+
+
+def stream(model, tokenizer, prompt_ids, compute, config, generator):
+    """Yields the text of one answer, piece by piece, as `generate` would sample it."""
+    stops, ids, text, cache = set(stop_ids(model, tokenizer)), [], "", DynamicCache()
+    inputs = torch.tensor([prompt_ids], device=model.device)
+    for _ in range(config.max_completion_length):
+        with torch.inference_mode(), autocast(compute):
+            logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        token = int(logits.argmax() if not config.temperature else torch.multinomial(
+            (logits / config.temperature).softmax(dim=-1), 1, generator=generator))
+        if token in stops:
+            break
+        ids.append(token)
+        inputs, whole = torch.tensor([[token]], device=model.device), tokenizer.decode(ids, skip_special_tokens=True)
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+            yield whole[len(text):]
+            text = whole
+    yield tokenizer.decode(ids, skip_special_tokens=True)[len(text):]
+
+
+def chat(config):
+    """Reads lines from the keyboard or a pipe until /quit or its end; see Chat."""
+    check_at_least(1, config, "max_completion_length")
+    check_at_least(0, config, "temperature")
+    heads, loaded = parse_heads(config.models), {}
+    system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no") if config.task else config.system
+    for name, source, adapter in heads:
+        if source not in loaded:
+            loaded[source] = load_model(source, config.dtype, attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
+        if adapter:
+            model, *rest = loaded[source]
+            loaded[source] = (read_adapter(model, adapter, source, name), *rest)
+    histories, generator = {name: [] for name, *_ in heads}, torch.Generator(loaded[heads[0][1]][0].device).manual_seed(config.seed)
+    keyboard = sys.stdin.isatty()
+    print("type a message; /clear, /system TEXT, /save FILE, /quit or Ctrl-D" if keyboard else f"heads: {', '.join(histories)}")
+    while True:
+        try:
+            line = input("you: " if keyboard else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not keyboard and line:
+            print(f"you: {printable(line)}")
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return
+        if command in ("/clear", "/system"):
+            system = argument.strip() if command == "/system" else system
+            histories = {name: [] for name in histories}
+            print("system prompt: " + (system or "none") if command == "/system" else "cleared")
+        elif command == "/save":
+            try:
+                Path(argument.strip() or "chat.json").write_text(json.dumps({"system": system, "heads": histories}, indent=1) + "\n")
+                print(f"saved: {argument.strip() or 'chat.json'}")
+            except OSError as error:
+                print(f"{argument}: cannot be written ({error.strerror})")
+        elif command.startswith("/"):
+            print(f"{command} is no command: /clear, /system TEXT, /save FILE, /quit")
+        elif line:
+            for name, source, adapter in heads:
+                model, tokenizer, compute = loaded[source]
+                history = [*([{"role": "system", "content": system}] if system else []), *histories[name], {"role": "user", "content": line}]
+                print(f"{name}: ", end="", flush=True)
+                if adapter:
+                    model.set_adapter(name)
+                bare = not adapter and any(other for _, of, other in heads if of == source)  # the base under other heads' adapters
+                answer = ""
+                with model.disable_adapter() if bare else nullcontext():
+                    try:
+                        for piece in stream(model, tokenizer, encode_prompt(tokenizer, history), compute, config, generator):
+                            answer += piece
+                            print(printable(piece), end="", flush=True)
+                    except KeyboardInterrupt:  # enough of this answer
+                        pass
+                print()
+                histories[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+
+
 if __name__ == "__main__":
     with one_line_errors():
-        main(tyro.cli(Config, use_underscores=True, description=__doc__))
+        if sys.argv[1:2] == ["chat"]:
+            chat(tyro.cli(Chat, args=sys.argv[2:], use_underscores=True))
+        else:
+            main(tyro.cli(Config, use_underscores=True, description=__doc__))

@@ -2,13 +2,26 @@
 
 The file stands alone (it imports nothing of the project), so that verl and others can load it by path. Every function takes
 plain text and is strict: an answer is parsed from its one block, never searched in the text. Whoever hedges, repeats
-tags or writes the answer elsewhere earns nothing for it. No regular expressions: time is linear in the completion's length.
+tags or writes the answer elsewhere earns nothing for it. Time is linear in the completion's length. Also a command:
+
+    python rewards.py train data/processed/ecg --out runs/reward-model
+
+trains a reward model for free-text answers on preference pairs made from prepared rows (see train_reward_model).
 """
 import functools
+import json
+import math
+import random
+import re
+import sys
 import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
-TAGS = {"pubmedqa": ("<reasoning>", "</reasoning>", "<answer>", "</answer>"),
-        "medmcqa": ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>")}
+REASONED = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+TAGS = {"pubmedqa": REASONED, "medmcqa": ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>"),
+        "ecg_expert_qa": REASONED, "medical_o1": REASONED}
 LABELS = {"pubmedqa": ("yes", "no", "maybe"), "medmcqa": ("A", "B", "C", "D")}
 CORRECT_WEIGHT = {"pubmedqa": 2.0, "medmcqa": 1.0}  # for the right answer
 TAG_WEIGHT = {"pubmedqa": 0.2, "medmcqa": 0.05}  # for each tag in its place
@@ -113,26 +126,87 @@ def overlap(reasoning, explanation, question):
 
 @functools.cache
 def load_encoder(name):
-    """(tokenizer, model) of a sentence encoder, "sentence-transformers/all-MiniLM-L6-v2" say; loaded once a process.
+    """(tokenizer, model) of a sentence encoder ("sentence-transformers/all-MiniLM-L6-v2", say) or of a cross-encoder with one output
+    ("cross-encoder/stsb-roberta-base"), told apart by the architecture in its configuration; loaded once a process.
 
     Raises what transformers raises where it cannot be had (OSError, mostly).
     """
     import torch
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
+    crossed = any("SequenceClassification" in name for name in AutoConfig.from_pretrained(name).architectures or ())
+    kind = AutoModelForSequenceClassification if crossed else AutoModel
+    return AutoTokenizer.from_pretrained(name), kind.from_pretrained(name, use_safetensors=True).to(device).eval()
 
 
-@functools.lru_cache(maxsize=4096)
-def embed(text, name):
-    """Unit vector of a text: mean of the encoder's last hidden states over its tokens, up to 256, as all-MiniLM-L6-v2's card
-    (huggingface.co/sentence-transformers/all-MiniLM-L6-v2) has it. One text at a time, so that no batch can change it.
+def batched(texts, tokenizer, max_length, size=64):
+    """Batches (places in texts, inputs of a model padded on the right) of texts, or pairs of texts, of alike lengths."""
+    lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
+    order = sorted(range(len(texts)), key=lengths.__getitem__)
+    for first in range(0, len(order), size):
+        places = order[first:first + size]
+        chosen = [texts[i] for i in places]
+        columns = (chosen,) if isinstance(chosen[0], str) else map(list, zip(*chosen))
+        yield places, tokenizer(*columns, truncation=True, max_length=max_length, padding=True, padding_side="right", return_tensors="pt")
+
+
+SCORED = {}  # (what, name of the model, text) to its number or vector: many texts of a rollout recur
+
+
+def remember(what, name, texts, compute):
+    """[compute's result for each of texts], computed at once for those not seen before, and remembered."""
+    fresh = [text for text in dict.fromkeys(texts) if (what, name, text) not in SCORED]
+    if len(SCORED) + len(fresh) > 20_000:
+        SCORED.clear()
+        fresh = list(dict.fromkeys(texts))
+    SCORED.update(zip(((what, name, text) for text in fresh), compute(fresh) if fresh else ()))
+    return [SCORED[what, name, text] for text in texts]
+
+
+def embed(texts, name):
+    """Unit vectors of texts: mean of the encoder's last hidden states over a text's tokens, up to 256, as all-MiniLM-L6-v2's card
+    (huggingface.co/sentence-transformers/all-MiniLM-L6-v2) has it; the batch's padding is masked.
     """
     import torch
-    tokenizer, model = load_encoder(name)
-    inputs = tokenizer(text, truncation=True, max_length=256, return_tensors="pt").to(model.device)
-    with torch.inference_mode():
-        return torch.nn.functional.normalize(model(**inputs).last_hidden_state[0].mean(dim=0).float(), dim=0)
+
+    def compute(fresh):
+        tokenizer, model = load_encoder(name)
+        vectors = [None] * len(fresh)
+        for places, inputs in batched(fresh, tokenizer, 256):
+            with torch.inference_mode():
+                states = model(**inputs.to(model.device)).last_hidden_state.float()
+                mask = inputs["attention_mask"][:, :, None]
+                pooled = torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu()
+            for i, vector in zip(places, pooled):
+                vectors[i] = vector
+        return vectors
+
+    return remember("embed", name, texts, compute)
+
+
+def closeness(pairs, name):
+    """How alike the two texts of each pair are: the cosine of their embeddings, -1 to 1, or, where `name` is a cross-encoder with
+    one output, its sigmoid, 0 to 1, as cross-encoder/stsb-roberta-base's card has it. Rounded, so that no batch changes it.
+    """
+    import torch
+    pairs = [tuple(text[:20_000] for text in pair) for pair in pairs]
+    if not pairs:
+        return []
+    if getattr(load_encoder(name)[1], "num_labels", 0) != 1:
+        vectors = embed([text for pair in pairs for text in pair], name)
+        return [round(float(a @ b), 5) for a, b in zip(vectors[::2], vectors[1::2])]
+
+    def compute(fresh):
+        tokenizer, model = load_encoder(name)
+        scores = [0.0] * len(fresh)
+        for places, inputs in batched(fresh, tokenizer, 512):
+            with torch.inference_mode():
+                logits = model(**inputs.to(model.device)).logits[:, 0].float().sigmoid().cpu()
+            for i, score in zip(places, logits.tolist()):
+                scores[i] = round(score, 5)
+        return scores
+
+    return remember("closeness", name, pairs, compute)
 
 
 def similarity(reasoning, explanation, question, encoder=""):
@@ -147,16 +221,400 @@ def similarity(reasoning, explanation, question, encoder=""):
         return 0.0
     if not encoder:
         return overlap(reasoning, explanation, question)
-    r, e, q = (embed(text[:20_000], encoder) for text in (reasoning, explanation, question))
-    close, start = float(r @ e), float(q @ e) if question.strip() else 0.0
+    close, start = closeness([(reasoning, explanation), (question, explanation)], encoder)
+    start = start if question.strip() else 0.0
     return min(1.0, max(0.0, (close - start) / (1 - start))) if start < 0.9999 else 0.0
+
+
+# === free text: key findings, words, numbers ==========================================================================
+# Findings of an ECG and words for them, as stems in lower case (see `tokens`); the longest phrase counts, each place once.
+
+FINDINGS = {
+    "normal sinus rhythm": "normal sinus rhythm; regular sinus rhythm; sinus rhythm",
+    "normal ecg": "normal ecg; ecg is normal",
+    "sinus bradycardia": "sinus bradycardia; bradycardia; slow sinus rhythm; slow heart rate; slow rate",
+    "sinus tachycardia": "sinus tachycardia; fast sinus rhythm; rapid sinus rhythm; fast heart rate",
+    "atrial fibrillation": "atrial fibrillation; af; afib; a fib; irregularly irregular rhythm",
+    "atrial flutter": "atrial flutter; flutter wave; sawtooth wave",
+    "supraventricular tachycardia": "supraventricular tachycardia; svt; psvt",
+    "ventricular tachycardia": "ventricular tachycardia; vt",
+    "ventricular fibrillation": "ventricular fibrillation; vf; vfib",
+    "premature ventricular beats": "premature ventricular contraction; premature ventricular complex; premature ventricular beat; ventricular ectopy; "
+                                   "ventricular ectopic; pvc",
+    "premature atrial beats": "premature atrial contraction; premature atrial complex; premature atrial beat; atrial ectopy; pac",
+    "first-degree av block": "first degree av block; 1st degree av block; first degree atrioventricular block; first degree heart block; "
+                             "prolonged pr interval; prolonged pr; pr prolongation; pr interval prolongation; long pr interval; long pr",
+    "second-degree av block": "second degree av block; 2nd degree av block; second degree atrioventricular block; second degree heart block; mobitz; "
+                              "wenckebach",
+    "complete heart block": "complete heart block; complete av block; third degree av block; 3rd degree av block; third degree heart block; "
+                            "complete atrioventricular block",
+    "short pr interval": "short pr interval; short pr; shortened pr interval",
+    "pre-excitation": "pre excitation; preexcitation; delta wave; wolff parkinson white; wpw",
+    "right bundle branch block": "right bundle branch block; rbbb; right bundle block",
+    "left bundle branch block": "left bundle branch block; lbbb; left bundle block",
+    "left anterior fascicular block": "left anterior fascicular block; left anterior hemiblock; lafb",
+    "wide qrs": "wide qrs; widened qrs; broad qrs; qrs widening; prolonged qrs; qrs prolongation; wide qrs complex; widened qrs complex; broad qrs complex",
+    "low voltage": "low voltage; reduced voltage; low qrs voltage; reduced qrs amplitude",
+    "prolonged qt interval": "prolonged qt interval; prolonged qt; prolonged qtc interval; prolonged qtc; qt prolongation; qtc prolongation; "
+                             "qt interval prolongation; qtc interval prolongation; long qt; long qtc; long qt interval; qt interval is prolonged; "
+                             "qtc is prolonged; qtc is long; qt is prolonged; qt is long",
+    "short qt interval": "short qt interval; short qt; shortened qt interval; short qtc",
+    "left axis deviation": "left axis deviation; left axis; leftward axis; axis to the left; axis deviation to the left",
+    "right axis deviation": "right axis deviation; right axis; rightward axis; axis to the right; axis deviation to the right",
+    "st elevation": "st elevation; st segment elevation; elevation of the st segment; elevated st segment; elevated st; raised st segment; raised st; "
+                    "st is elevated; st segment is elevated; st segment are elevated; stemi",
+    "st depression": "st depression; st segment depression; depression of the st segment; depressed st segment; depressed st; st is depressed; "
+                     "st segment is depressed; st segment are depressed",
+    "t wave inversion": "t wave inversion; inverted t wave; t inversion; inversion of the t wave; negative t wave; inverted t; t wave is inverted; "
+                        "t wave are inverted",
+    "peaked t waves": "peaked t wave; tall t wave; hyperacute t wave; pointed t wave; tall peaked t wave; tented t wave; t wave are peaked; "
+                      "t wave are tall",
+    "flat t waves": "flat t wave; flattened t wave; t wave flattening",
+    "u waves": "u wave; prominent u wave",
+    "pathological q waves": "q wave; pathological q wave; pathologic q wave",
+    "left ventricular hypertrophy": "left ventricular hypertrophy; lvh",
+    "right ventricular hypertrophy": "right ventricular hypertrophy; rvh",
+    "left atrial enlargement": "left atrial enlargement; p mitrale",
+    "right atrial enlargement": "right atrial enlargement; p pulmonale",
+    "electrical alternans": "electrical alternans",
+    "myocardial infarction": "myocardial infarction; heart attack",
+    "ischaemia": "ischemia; ischaemia; ischemic; ischaemic",
+    "pericarditis": "pericarditis", "hyperkalaemia": "hyperkalemia; hyperkalaemia; high potassium",
+    "hypokalaemia": "hypokalemia; hypokalaemia; low potassium",
+    "inferior": "inferior; inferiorly; ii iii avf; ii iii and avf", "anterior": "anterior; anteriorly", "lateral": "lateral; laterally",
+    "septal": "septal", "posterior": "posterior"}
+UNITS = {  # unit to (what it measures, how many of the first named one)
+    "ms": ("ms", 1), "msec": ("ms", 1), "millisecond": ("ms", 1), "s": ("ms", 1000), "sec": ("ms", 1000), "second": ("ms", 1000),
+    "min": ("ms", 60_000), "h": ("hour", 1), "hr": ("hour", 1), "hour": ("hour", 1), "day": ("hour", 24),
+    "week": ("hour", 168), "month": ("month", 1), "year": ("month", 12), "mm": ("mm", 1), "millimeter": ("mm", 1), "millimetre": ("mm", 1),
+    "cm": ("mm", 10), "mv": ("mv", 1), "millivolt": ("mv", 1), "bpm": ("bpm", 1), "beat": ("bpm", 1), "%": ("%", 1), "percent": ("%", 1),
+    "°": ("degree", 1), "degree": ("degree", 1), "deg": ("degree", 1), "mcg": ("mg", 0.001), "µg": ("mg", 0.001), "mg": ("mg", 1),
+    "g": ("mg", 1000), "gram": ("mg", 1000), "kg": ("mg", 1_000_000), "ml": ("ml", 1), "l": ("ml", 1000), "liter": ("ml", 1000),
+    "litre": ("ml", 1000), "mmhg": ("mmhg", 1), "mmol": ("mmol", 1), "meq": ("meq", 1)}
+SAME = {"<": "below", "≤": "below", "less": "below", "under": "below", ">": "above", "≥": "above", "greater": "above", "more": "above",
+        "over": "above", "exceed": "above", "exceeding": "above", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+        "seven": "7", "eight": "8", "nine": "9", "ten": "10", "electrocardiogram": "ecg", "ekg": "ecg"}
+NEGATORS = frozenset("no not without never neither nor lack lacks lacking denies deny absence cannot non".split())
+NEGATED = frozenset("seen present evident found noted observed visible there detected".split())  # "is not seen": looks back
+CLAUSE = frozenset("but however although though whereas while except".split())  # ends a negation
+TOKEN = re.compile(r"(?<![\w.])[-\u2212](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+\d*|[.;:!?,\n<>≤≥%°]")  # cannot backtrack
+
+
+def tokens(text):
+    """[(token, negated)] of a text: words without their plural s, numbers as (value, unit), units brought to one ("0.12 s" is
+    (120.0, "ms"), both numbers of "3 to 6 months" are months); punctuation and the commonest words are left out.
+
+    Negation reaches from its word to the end of the clause, over commas only in a list with "or"; "is absent", "is not
+    seen", "is not suggested" look back.
+    """
+    text = unicodedata.normalize("NFKC", text[:50_000]).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").replace("μ", "µ").lower()
+    for written, meant in (("can't", "cannot"), ("n't", " not"), ("minute", "min"), ("beats per min", "bpm"), ("beats/min", "bpm"), ("/min", " bpm")):
+        text = text.replace(written, meant)
+    raw = TOKEN.findall(text)
+    found, sign, i = [], 1, 0
+    while i < len(raw):
+        token = SAME.get(stem(raw[i]), stem(raw[i]))
+        i += 1
+        if token in "-\u2212":
+            sign = -1
+        elif token[0].isdigit():
+            head, comma, tail = token.rpartition(",")
+            token = head.replace(",", "") + ("" if len(tail) == 3 else ".") + tail if comma else token
+            try:
+                number = sign * float(token)
+            except ValueError:  # 1.2.3, or digits of another script
+                number = token
+            sign, unit = 1, UNITS.get(stem(raw[i])) if i < len(raw) else None
+            i += unit is not None
+            found.append((number, unit))
+        else:
+            found.append(token)
+    for k in range(len(found) - 3, -1, -1):  # "3 to 6 months": the unit is that of both
+        if isinstance(found[k], tuple) and not found[k][1] and found[k + 1] in ("to", "or", "and") and isinstance(found[k + 2], tuple):
+            found[k] = found[k][0], found[k + 2][1]
+    for k in range(len(found) - 1):  # "60-100 bpm"
+        if isinstance(found[k], tuple) and not found[k][1] and isinstance(found[k + 1], tuple):
+            found[k] = found[k][0], found[k + 1][1]
+    found = [(round(x[0] * x[1][1], 6), x[1][0]) if isinstance(x, tuple) and x[1] and isinstance(x[0], float)
+             else (x[0], "") if isinstance(x, tuple) else x for x in found]
+    result, clause = [], []
+    for token in [*found, "."]:
+        if token in CLAUSE or isinstance(token, str) and token in ".;:!?\n":
+            result += negate(clause)
+            clause = []
+        else:
+            clause.append(token)
+    return result
+
+
+def stem(word):
+    """A word without its plural s."""
+    return word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] not in "sui" else word
+
+
+def negate(clause):
+    """[(token, negated)] of the tokens of one clause, commas, negators and the commonest words left out."""
+    parts, negated = [[]], []
+    for token in clause:
+        if token == ",":
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    last = None  # the part with the last negator
+    for i, part in enumerate(parts):
+        if part[:1] in (["or"], ["nor"]) and last is not None:  # "no A, B, or C": the list is negated as a whole
+            for j in range(last + 1, i + 1):
+                parts[j] = ["no", *parts[j]]
+            last = i
+        elif any(token in NEGATORS for token in part):
+            last = i
+    for part in parts:
+        state, own = False, []
+        for k, token in enumerate(part):
+            following = part[k + 1] if k + 1 < len(part) else ""
+            passive = k and part[k - 1] in ("is", "are", "was", "were") and isinstance(following, str) and following.endswith("ed")
+            if token == "absent" or token == "not" and (following in NEGATED or passive):
+                own = [(x, True) for x, _ in own]
+            elif token in NEGATORS and following != "only":
+                state = True
+            elif token not in COMMON and token not in NEGATED:
+                own.append((token, state))
+        negated += own
+    return negated
+
+
+@functools.cache
+def phrases():
+    """{first word: [(words of a phrase, finding)]}, the longest first."""
+    index = {}
+    for finding, variants in FINDINGS.items():
+        for variant in variants.split(";"):
+            spelled = tuple(token for token, _ in tokens(variant))
+            index.setdefault(spelled[0], []).append((spelled, finding))
+    return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
+
+
+def said_in(text):
+    """`tokens` of a text, the words of each finding brought together to one (finding, "finding"), however it was worded."""
+    raw, result, i = tokens(text), [], 0
+    while i < len(raw):
+        item, negated = raw[i]
+        length = 1
+        for phrase, finding in phrases().get(item, ()):
+            if tuple(word for word, _ in raw[i:i + len(phrase)]) == phrase:
+                length, item = len(phrase), (finding, "finding")
+                negated = any(other for _, other in raw[i:i + length])
+                break
+        result.append((item, negated))
+        i += length
+    return result
+
+
+def key_findings(text):
+    """{(finding, "finding") or (number, unit): True, False (negated) or None (said both ways)} of a text, see FINDINGS, `tokens`."""
+    found = {}
+    for item, negated in said_in(text):
+        if isinstance(item, tuple):
+            found[item] = (not negated) if found.get(item, not negated) == (not negated) else None
+    return found
+
+
+def findings_f1(answer, gold, question=""):
+    """F1, 0 to 1, between the key findings of an answer and of the gold answer, or None where the gold answer has none of its own.
+
+    A finding is right if it has the gold answer's polarity; "no ST elevation" where the gold has ST elevation is a miss
+    and an error, and so is saying both. Findings that the question names in the same way count for neither side, and what
+    the gold answer does not mention may be denied. The measure is that of CheXbert's label F1 (Smit et al. 2020,
+    arXiv:2004.09167), with findings of ECGs.
+    """
+    known = key_findings(question)
+    wanted, said = ({item: state for item, state in key_findings(text).items() if known.get(item, "") != state} for text in (gold, answer))
+    if not wanted:
+        return None
+    right = sum(said.get(item, "") == state for item, state in wanted.items())
+    wrong = sum(state is not False if item not in wanted else state != wanted[item] for item, state in said.items())
+    return 2 * right / (right + wrong + len(wanted))
+
+
+def token_f1(answer, gold, question=""):
+    """F1, 0 to 1, between the words and numbers of an answer and of the gold answer, those of the question left out.
+
+    As SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250), but a finding is one word, however it was worded, a negated word is
+    another word, findings and numbers count three times, and the F1 is multiplied by 0.2 + 0.8 times the share of the other words
+    in common that have a neighbour in common: shuffled words say nothing.
+    """
+    known = Counter(said_in(question))
+    said, wanted = ([item for item in said_in(text) if item not in known] for text in (answer, gold))
+    if not wanted:  # the gold answer only repeats the question
+        return float(said_in(answer) == said_in(gold))
+    weigh = lambda counter: sum(count * (3 if isinstance(item[0], tuple) else 1) for item, count in counter.items())  # noqa: E731
+    both = Counter(said) & Counter(wanted)
+    if not both:
+        return 0.0
+    pairs = set(zip(wanted, wanted[1:]))
+    linked = {item for pair in zip(said, said[1:]) if pair in pairs for item in pair}
+    loose = [item for item in both if not isinstance(item[0], tuple)]
+    order = sum(item in linked for item in loose) / len(loose) if loose and len(wanted) > 1 else 1.0
+    return 2 * weigh(both) / (weigh(Counter(said)) + weigh(Counter(wanted))) * (0.2 + 0.8 * order)
+
+
+def length_guard(answer, gold):
+    """1 for an answer of at most twice the gold answer's words, or 30 more; then falling, to 0 at twice that."""
+    n, limit = len(answer.split()), max(2 * len(gold.split()), len(gold.split()) + 30)
+    return min(1.0, max(0.0, 2 - n / limit))
+
+
+# === free text: fluency, and a trained reward model ===================================================================
+
+
+@functools.cache
+def load_language_model(name):
+    """(tokenizer, model) of a causal language model, "microsoft/biogpt" say, for `fluency`; loaded once a process."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked by the lengths below
+    return tokenizer, AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+
+
+def mean_nll(texts, name):
+    """Mean negative log-probability of each text's tokens in nats (its log perplexity), up to 512 of them; None for one of fewer than
+    two tokens. Each text by itself: padding is masked. https://huggingface.co/docs/transformers/perplexity
+    """
+    import torch
+
+    def compute(fresh):
+        tokenizer, model = load_language_model(name)
+        results = [None] * len(fresh)
+        for places, inputs in batched(fresh, tokenizer, 512, size=16):
+            inputs = inputs.to(model.device)
+            ids, mask = inputs["input_ids"].long(), inputs["attention_mask"][:, 1:].bool()
+            if ids.shape[1] < 2:
+                continue
+            with torch.inference_mode():
+                logits = model(input_ids=ids, attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
+                nll = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none") * mask
+            for i, total, count in zip(places, nll.sum(dim=1).tolist(), mask.sum(dim=1).tolist()):
+                results[i] = round(total / count, 5) if count else None
+        return results
+
+    return remember("nll", name, [text[:20_000] for text in texts], compute)
+
+
+def fluency(answers, golds, name):
+    """min(1, perplexity of the gold answer / perplexity of the answer) of each, 0 to 1, under a causal language model: 1 for an answer
+    that reads at least as easily as the gold one. Bounded, so that smooth babble can't win by it.
+    """
+    nll = mean_nll([*answers, *golds], name)
+    return [0.0 if own is None else 1.0 if gold is None else math.exp(min(0.0, gold - own))
+            for own, gold in zip(nll[:len(answers)], nll[len(answers):])]
+
+
+@functools.cache
+def load_reward_model(folder):
+    """(tokenizer, model, mean, standard deviation) of a folder written by train_reward_model; loaded once a process."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    scale = json.loads((Path(folder) / "normalisation.json").read_text())
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForSequenceClassification
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), scale["mean"], scale["std"]
+
+
+def learned_rewards(questions, answers, folder):
+    """Scores, 0 to 1, of answers by a trained reward model: the sigmoid of its output, less the mean and divided by the standard
+    deviation of those on its held-out pairs, so that rewards of different models have one scale.
+    """
+    import torch
+
+    def compute(fresh):
+        tokenizer, model, mean, std = load_reward_model(folder)
+        results = [0.0] * len(fresh)
+        for places, inputs in batched(fresh, tokenizer, 1024, size=32):
+            with torch.inference_mode():
+                logits = model(input_ids=inputs["input_ids"].to(model.device),
+                               attention_mask=inputs["attention_mask"].to(model.device)).logits[:, 0].float()
+            for i, score in zip(places, torch.sigmoid((logits - mean) / std).tolist()):
+                results[i] = round(score, 5)
+        return results
+
+    return remember("reward", folder, [asked(q, a[:20_000]) for q, a in zip(questions, answers)], compute)
+
+
+def asked(question, answer):
+    """What a reward model reads."""
+    return f"Question: {question}\nAnswer: {answer}"
 
 
 # === the score ========================================================================================================
 
+# Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their weight to the others.
+WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
+           "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
+METHOD = {"ecg_expert_qa": "hybrid", "medical_o1": "reasoning"}  # the usual mix of a data source
+
+
+def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, method="", weights=None, encoder="", language_model="",
+                   reward_model=""):
+    """Scores free-text completions, so many at once that models see batches; compute_score of each gives the same.
+
+    data_source: "ecg_expert_qa" or "medical_o1". The other three: lists of equal length, see compute_score. method: a key of
+    WEIGHTS ("" = METHOD's). weights: instead of its weights; "learned", the reward model's, is another part, of weight 0 unless given.
+    encoder, language_model, reward_model: names of models, "" for none: then similarity is token_f1 of the overlap of
+    words, and fluency and learned are left out.
+    Returns a dict each: score, -1 to 1: the weighted mean of the parts, or -1 where there is no answer in the one answer
+    block; rule, the same without the reward model; the parts, unweighted, 0 to 1; accuracy (1.0 or 0.0: the verdict of a yes/no
+    question is right, else every key finding is); format_ok; answer. An answer with the wrong verdict has no content parts.
+    """
+    tags, mix = TAGS[data_source], weights or WEIGHTS[method or METHOD[data_source]]
+    answers = [answer_block(text, tags) or "" for text in solution_strs]
+    questions = [(extra or {}).get("question") or "" for extra in extra_infos]
+    if encoder:
+        closeness([pair for a, g, q in zip(answers, ground_truths, questions) if a for pair in ((a, g), (q, g))], encoder)  # in batches
+    fluent = fluency(answers, ground_truths, language_model) if language_model else None
+    learned = learned_rewards(questions, answers, reward_model) if reward_model else None
+    results = []
+    for i, (text, answer, gold, question) in enumerate(zip(solution_strs, answers, ground_truths, questions)):
+        in_place = tags_in_place(text, tags)
+        by_words = token_f1(answer, gold, question) if answer else 0.0
+        by_findings = findings_f1(answer, gold, question) if answer else 0.0
+        parts = {"findings": by_words if by_findings is None else by_findings, "tokens": by_words,
+                 "similarity": (similarity(answer, gold, question, encoder) if encoder else by_words) if answer else 0.0,
+                 "format": in_place / len(tags), "brevity": length_guard(answer, gold) if answer else 0.0}
+        if fluent:
+            parts["fluency"] = fluent[i]
+        wanted = (extra_infos[i] or {}).get("verdict")
+        if wanted and verdict(answer) != wanted:
+            parts |= dict.fromkeys(("findings", "tokens", "similarity"), 0.0)
+        if learned:
+            parts["learned"] = learned[i] if answer else 0.0
+        there = {part: weight for part, weight in mix.items() if part in parts}
+        rules = {part: weight for part, weight in there.items() if part != "learned"}
+        rule, score = (sum(weight * parts[part] for part, weight in own.items()) / sum(own.values()) if answer else -1.0
+                       for own in (rules or there, there))
+        accuracy = verdict(answer) == wanted if wanted else parts["findings"] == 1
+        results.append({"score": max(-1.0, min(1.0, score)), "rule": max(-1.0, min(1.0, rule)), **parts, "accuracy": float(accuracy),
+                        "format_ok": float(in_place == len(tags)), "answer": answer})
+    return results
+
+
+def verdict(answer):
+    """"yes" or "no" where a free-text answer begins with it and takes neither back ("Yes and no.", "Yes. No ..."), else ""."""
+    sentences = [re.findall(r"\w+", sentence) for sentence in re.split(r"[.;!?\n]", answer.lower()[:2000])]
+    starts = {words[0] for words in sentences if words} & {"yes", "no"}
+    first = next((words for words in sentences if words), [""])
+    torn = {"yes", "no"} <= set(first) <= {"yes", "no", "and", "or"}
+    return first[0] if first[0] in ("yes", "no") and len(starts) == 1 and not torn else ""
+
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None, tag_weight=None,
-                  similarity_weight=None, encoder=""):
+                  similarity_weight=None, encoder="", **free_text):
     """Scores one completion.
 
     data_source: a key of TAGS. solution_str: generated text only, without the prompt. ground_truth: the right label.
@@ -165,11 +623,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, c
     encoder for the similarity, "" for word overlap.
     Returns a dict with the same keys for every input of a data source: score, the sum of its weighted parts correctness,
     format and (MedMCQA) similarity; accuracy (1.0 or 0.0, the answer is right), format_ok (1.0 or 0.0, all tags in place)
-    and answer (the parsed label, "" if there is none). PubMedQA: 0 to 2.8; MedMCQA: 0 to 1.6.
-    Raises ValueError for an unknown data_source.
+    and answer (the parsed label, "" if there is none). PubMedQA: 0 to 2.8; MedMCQA: 0 to 1.6. Free text (METHOD's sources) has
+    other knobs and parts, see compute_scores. Raises ValueError for an unknown data_source.
     """
     if data_source not in TAGS:
         raise ValueError(f"unknown data_source {data_source!r}, known: {', '.join(TAGS)}")
+    if data_source in METHOD:
+        return compute_scores(data_source, [solution_str], [ground_truth], [extra_info], encoder=encoder, **free_text)[0]
     correct_weight, tag_weight, similarity_weight = (
         given if given is not None else usual[data_source] for given, usual in
         ((correct_weight, CORRECT_WEIGHT), (tag_weight, TAG_WEIGHT), (similarity_weight, SIMILARITY_WEIGHT)))
@@ -185,3 +645,168 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, c
         parts["similarity"] = similarity_weight * similarity(
             reasoning_block(solution_str, tags), extra_info.get("explanation") or "", extra_info.get("question") or "", encoder)
     return {"score": sum(parts.values()), **parts, "accuracy": accuracy, "format_ok": float(in_place == len(tags)), "answer": answer}
+
+# === the trained reward model =========================================================================================
+
+
+def corruptions(answer, other, generator):
+    """{kind: a worse answer} made from a gold answer: another question's, a finding negated (or its negation dropped), a number
+    changed, the end cut off; kinds that would leave it as it is are missing.
+    """
+    parts, number = answer.split(), [match for match in re.finditer(r"\d+(?:\.\d+)?", answer)]
+    made = {"another question's answer": other}
+    plain_words = [word.strip(".,;:").lower() for word in parts]
+    if "no" in plain_words or "not" in plain_words:
+        made["negated"] = " ".join(word for word, bare in zip(parts, plain_words) if bare not in ("no", "not"))
+    elif plain_words[:1] == ["yes"]:
+        made["negated"] = "No" + answer.lstrip()[3:]
+    else:  # every place before a finding, or before a content word, will do
+        places = [i for i, word in enumerate(plain_words) if word in phrases()] or range(len(parts))
+        place = generator.choice(list(places))
+        made["negated"] = " ".join([*parts[:place], "no", *parts[place:]])
+    if number:
+        match = generator.choice(number)
+        changed = float(match[0]) * generator.choice((0.5, 0.7, 1.5, 2.0, 3.0))
+        made["number"] = answer[:match.start()] + f"{changed:.{len(match[0].partition('.')[2])}f}" + answer[match.end():]
+    if len(parts) > 3:
+        made["truncated"] = " ".join(parts[:generator.randint(len(parts) // 4 + 1, len(parts) * 3 // 4)])
+    return {kind: text for kind, text in made.items() if plain(text) != plain(answer)}
+
+
+@dataclass
+class Train:
+    """Trains a reward model on preference pairs made from prepared free-text rows: the gold answer against a worse one."""
+
+    data: str  # folder of data.prepare (train.jsonl, heldout.jsonl)
+    base: str = "tiny"  # model to start from: tiny (the built-in one), a folder, or a hub id
+    out: str = "runs/reward-model"  # folder to write
+    lora_r: int = 0  # rank of a LoRA adapter (0 = train all weights)
+    num_epochs: int = 3  # passes over the rows; each makes other pairs
+    batch_size: int = 16  # questions in a step; a pair of each kind for every one
+    learning_rate: float = 5e-4  # peak of AdamW's (5e-4 suits the built-in model; 1e-5 all weights of a real one, 1e-4 LoRA)
+    max_length: int = 512  # tokens of question and answer
+    limit: int = 0  # use only so many training rows (0 = all)
+    eval_size: int = 400  # held-out questions to measure on
+    seed: int = 0  # of pairs, order and the fresh output layer
+
+
+def read_rows(path, wanted):
+    """Prepared free-text rows of a JSON-lines file; exits with one line where there are none."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [row for row in rows if row["data_source"] in METHOD and row["extra"]["question"] and row["ground_truth"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(refused(f"{path}: cannot be read as prepared rows ({type(error).__name__}: {error}); make them with python -m data.prepare ecg"))
+    if len(found) < wanted:
+        raise SystemExit(refused(f"{path}: {len(found)} free-text rows where at least {wanted} are needed (sources {', '.join(METHOD)})"))
+    return found
+
+
+def refused(message):
+    """Prints a message for bad input, on one line; returns the exit code."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def pairs_of(rows, generator):
+    """[(kind, question, gold answer, worse answer)] of prepared rows, one of each kind that can be made."""
+    others = [row["ground_truth"] for row in rows]
+    return [(kind, row["extra"]["question"], row["ground_truth"], worse) for row in rows
+            for kind, worse in corruptions(row["ground_truth"], generator.choice(others), generator).items()]
+
+
+def train_reward_model(config):
+    """Trains and saves a one-output classifier: loss -log sigmoid(score of the gold answer - score of the worse one) (Bradley and
+    Terry 1952, doi:10.2307/2334029; Ouyang et al. 2022, arXiv:2203.02155).
+
+    Writes into config.out what from_pretrained loads (or a LoRA adapter), normalisation.json (mean and standard deviation
+    of its scores on the held-out pairs) and summary.json (accuracy on held-out questions by kind of corruption), and
+    returns the summary. Ends with exit code 2 and one line where the input is bad.
+    """
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    if min(config.num_epochs, config.batch_size, config.max_length, config.eval_size) < 1 or not config.learning_rate > 0:
+        raise SystemExit(refused("--num_epochs, --batch_size, --max_length, --eval_size and --learning_rate must be more than 0"))
+    folder, out = Path(config.data), Path(config.out)
+    if (out / "summary.json").exists():
+        raise SystemExit(refused(f"--out {out} holds another result (summary.json): take another folder"))
+    train = read_rows(folder / "train.jsonl", 2)[:config.limit or None]
+    heldout = read_rows(folder / "heldout.jsonl", 2)[:config.eval_size]
+    base = str(Path(__file__).parent / "data" / "tiny") if config.base == "tiny" else config.base
+    torch.manual_seed(config.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise SystemExit(refused(f"--base {config.base} cannot be loaded ({type(error).__name__}: {str(error)[:200]})"))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if config.lora_r:
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear", task_type="SEQ_CLS"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(f"reward model: {config.base}, {sum(p.numel() for p in trained):,} weights to train on {len(train)} questions, {len(heldout)} held out")
+
+    def scores(pairs):
+        """[2, N]: of the gold answers and of the worse ones."""
+        texts = [asked(q, text) for column in (2, 3) for pair in pairs for q, text in [(pair[1], pair[column])]]
+        inputs = tokenizer(texts, truncation=True, max_length=config.max_length, padding=True, padding_side="right", return_tensors="pt").to(model.device)
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float().view(2, -1)
+
+    steps = config.num_epochs * -(-len(train) // config.batch_size)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    bar, generator, curve = tqdm(total=steps, desc="train", unit="step", disable=None), random.Random(config.seed), []
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for epoch in range(config.num_epochs):
+        order = generator.sample(train, len(train))
+        for first in range(0, len(order), config.batch_size):
+            pairs = pairs_of(order[first:first + config.batch_size], generator)
+            if not pairs:
+                continue
+            gold, worse = scores(pairs)
+            loss = -torch.nn.functional.logsigmoid(gold - worse).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (len(curve) + 1) / (steps / 20), (steps - len(curve)) / steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append((loss.item(), (gold > worse).float().mean().item()))
+            bar.update()
+            bar.set_postfix_str(f"loss {loss.item():.3f}, pairs right {curve[-1][1]:.2f}")
+            if len(curve) == 1 or len(curve) % max(1, steps // 10) == 0:
+                bar.write(f"step {len(curve):4} of {steps}  loss {loss.item():.4f}  pairs right {curve[-1][1]:.3f}")
+    bar.close()
+
+    model.eval()
+    tested, right, seen = pairs_of(heldout, random.Random(config.seed + 1)), Counter(), []
+    with torch.inference_mode():
+        for first in range(0, len(tested), 64):
+            part = tested[first:first + 64]
+            both = scores(part)
+            seen.append(both.flatten())
+            right.update(kind for (kind, *_), better in zip(part, (both[0] > both[1]).tolist()) if better)
+    counts, seen = Counter(kind for kind, *_ in tested), torch.cat(seen)
+    summary = {"accuracy": sum(right.values()) / len(tested), "n": len(tested),
+               "by_kind": {kind: {"accuracy": right[kind] / n, "n": n} for kind, n in counts.items()},
+               "base": config.base, "data": config.data, "steps": len(curve), "seed": config.seed}
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "normalisation.json").write_text(json.dumps({"mean": seen.mean().item(), "std": max(1e-6, seen.std().item())}) + "\n")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{'held-out pairs':28}{'right':>8}{'of':>7}")
+    for kind, part in [*summary["by_kind"].items(), ("all", summary)]:
+        print(f"{kind:28}{part['accuracy']:8.3f}{part['n']:7}")
+    print(f"written: {out}/")
+    return summary
+
+
+if __name__ == "__main__":
+    import tyro
+    if sys.argv[1:2] != ["train"]:
+        sys.exit(refused("python rewards.py train PREPARED_FOLDER trains a reward model; python rewards.py train --help shows its knobs"))
+    train_reward_model(tyro.cli(Train, args=sys.argv[2:], use_underscores=True, config=(tyro.conf.PositionalRequiredArgs,)))

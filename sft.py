@@ -30,7 +30,7 @@ GPU = torch.cuda.is_available()
 class Config:
     """Supervised fine-tuning on the gold completions of a task, by LoRA or of all weights."""
 
-    task: Literal["pubmedqa", "medmcqa"] = "medmcqa"  # whose rows
+    task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "medmcqa"  # whose rows
     # --- model
     model: str = "Qwen/Qwen3-4B-Base" if GPU else "tiny"  # hub id, model folder, or tiny (the built-in model)
     lora_r: int = 16  # rank of the adapter on all linear layers (0 = train all weights)

@@ -20,16 +20,16 @@ import tyro
 from transformers import AutoTokenizer
 from tyro.conf import Positional
 
-from data import InputError, hub_message, load_task, medmcqa, one_line_errors, pubmedqa
+from data import InputError, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors, pubmedqa
 
-TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa}
+TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 
 
 @dataclass
 class Config:
     """Downloads or converts a dataset into rows of the collection."""
 
-    task: Positional[Literal["pubmedqa", "medmcqa"]]  # which dataset
+    task: Positional[Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"]]  # which dataset
     data: Positional[str] = "hub"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file
     out: str = ""  # folder to write (default: data/processed/TASK)
     maybe: bool = False  # PubMedQA: keep the third class
@@ -58,6 +58,7 @@ def main(config):
     for side, rows in (("train", train), ("heldout", heldout)):
         classes = Counter(row["ground_truth"] for row in rows)
         balance = ", ".join(f"{label} {count} ({count / len(rows):.1%})" for label, count in classes.most_common())
+        balance = balance if len(classes) < 10 else "free-text answers"
         lengths = sorted(len(tokenizer("\n".join(m["content"] for m in row["prompt"])).input_ids) for row in rows) or [0]
         print(f"{folder}/{side}.jsonl: {len(rows)} rows; {balance}; prompts of {lengths[0]} to {lengths[-1]} tokens "
               f"({config.tokenizer}), median {lengths[len(lengths) // 2]}")

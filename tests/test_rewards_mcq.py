@@ -330,7 +330,7 @@ def test_an_encoder_tells_the_same_text_from_another_and_from_the_question(encod
 @pytest.mark.parametrize("cosine, share", [(-0.5, 0), (0.2, 0), (0.6, 0.5), (1.0000001, 1)])
 def test_a_cosine_stays_between_nothing_and_all(monkeypatch, cosine, share):
     cosines = {REASON: cosine, QUESTION: 0.2, EXPLANATION: 1.0}  # to the explanation
-    monkeypatch.setattr(rewards, "embed", lambda text, name: torch.tensor([cosines[text]]))
+    monkeypatch.setattr(rewards, "closeness", lambda pairs, name: [cosines[text] for text, _ in pairs])
     assert score(GOOD, encoder="any")["similarity"] == pytest.approx(0.4 * share, abs=1e-6)
 
 

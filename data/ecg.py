@@ -1,0 +1,235 @@
+"""ECG-Expert-QA: free-text answers to questions about electrocardiograms.
+
+Sources, told apart by their fields:
+  * ECG-Expert-QA as it is cloned (it is not on the hub): a folder or a file of JSON lists, whose rows have the fields
+    {Q, A}, {Disease, Q, A}, {medical_advice, Q, A} or {Question, Answer}
+  * your own JSON list or JSON lines, fields named by question_field and answer_field
+  * rows prepared by `python -m data.prepare ecg` (a file, or a folder with train.jsonl and heldout.jsonl)
+  * built-in: measurements and their textbook reading, made by rule below
+The split is by disease where a row has one, so that held-out diseases are new, and by question elsewhere.
+"""
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from data import InputError, check_row, normalized, question_hash, read_records, set_system_prompt, text_field
+
+SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
+SYSTEM_PROMPT = """Answer the question about an ECG. First reason, then answer in one or two sentences (a yes/no question with Yes or No first), in this form:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
+VARIANTS = {frozenset(fields): fields[-2:] for fields in (
+    ("Q", "A"), ("Disease", "Q", "A"), ("medical_advice", "Q", "A"), ("Question", "Answer"))}  # question and answer stand last
+
+
+def load_rows(data="builtin", *, question_field="", answer_field="", system_prompt="", limit=0):
+    """Loads and splits a source.
+
+    data: "builtin", a file, a folder of JSON files (searched in depth), or a folder that data.prepare wrote. question_field,
+    answer_field: fields of your own file ("" = those of ECG-Expert-QA). system_prompt: replaces SYSTEM_PROMPT. limit: keep
+    only so many rows (0 = all).
+    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped, mended or marked. Held out are only
+    questions with one answer, and of a file's yes/no questions as many of each. Raises InputError.
+    """
+    if data == "builtin":
+        return *builtin_rows(limit or 6000, system_prompt), Counter()
+    if data == "hub" or data.startswith("hub:"):
+        raise InputError("ECG-Expert-QA is not on the hub: clone it and name its folder with --data PATH, or use --data builtin")
+    files = [Path(data)]
+    if (files[0] / "heldout.jsonl").exists():  # prepared before
+        return *([_prepared(record, where, system_prompt) for where, record in read_records(files[0] / f"{side}.jsonl")][:limit or None]
+                 for side in ("train", "heldout")), Counter()
+    if files[0].is_dir():
+        files = sorted(path for path in files[0].rglob("*.json*") if path.suffix in (".json", ".jsonl")
+                       and not any(part.startswith(".") for part in path.relative_to(data).parts))
+        if not files:
+            raise InputError(f"{data}: the folder holds no .json or .jsonl file")
+    counts, rows, answers = Counter(), [], defaultdict(dict)  # of a question: its answers
+    for file in files:
+        records = read_records(file)
+        variant = records[0][1].keys()
+        for index, (where, record) in enumerate(records):
+            if {"data_source", "prompt"} <= record.keys():
+                row = _prepared(record, where, system_prompt)
+            elif not (question_field or answer_field) and record.keys() != variant:
+                raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} where the first row has "
+                                 f"{', '.join(map(repr, variant))}")
+            else:
+                row = _row(record, where, f"{file.stem}-{index}", file.stem, question_field, answer_field, system_prompt, counts)
+            if row:
+                known = answers[normalized(row["extra"]["question"])]
+                if normalized(row["ground_truth"]) in known:
+                    counts["merged: the same question and answer again"] += 1
+                else:
+                    known[normalized(row["ground_truth"])] = row
+                    rows.append(row)
+        if limit and len(rows) >= limit:
+            break
+    rows = rows[:limit or None]
+    shares = [question_hash(row["extra"].get("disease") or row["extra"]["question"], SPLIT_SEED) for row in rows]
+    heldout = [row for _, _, row in sorted((share, i, row) for i, (share, row) in enumerate(zip(shares, rows)) if share < 0.5)]
+    questions = {normalized(row["extra"]["question"]) for row in heldout}
+    train = [row for row, share in zip(rows, shares) if share >= 0.5 and normalized(row["extra"]["question"]) not in questions]
+    counts["dropped from training: the question is held out under another disease"] += len(rows) - len(heldout) - len(train)
+    certain = [row for row in heldout if len(answers[normalized(row["extra"]["question"])]) == 1]
+    counts["kept apart from evaluation: the question has several answers"] += len(heldout) - len(certain)
+    heldout = _balanced(certain)
+    counts["kept apart from evaluation: more yes than no, or the other way round"] += len(certain) - len(heldout)
+    counts["are yes/no questions"] += sum("verdict" in row["extra"] for row in train + heldout)
+    return train, heldout, +counts
+
+
+def _balanced(rows):
+    """Rows without those yes/no questions of a file that are too many for as many of each; always yes scores a half then."""
+    found = Counter((row["extra"].get("subject"), row["extra"].get("verdict")) for row in rows)
+    kept, used = [], Counter()
+    for row in rows:
+        subject, verdict = row["extra"].get("subject"), row["extra"].get("verdict")
+        used[subject, verdict] += 1
+        if not verdict or used[subject, verdict] <= min(found[subject, "yes"], found[subject, "no"]):
+            kept.append(row)
+    return kept
+
+
+def _prepared(record, where, system_prompt):
+    check_row(record, where)
+    return set_system_prompt(record, system_prompt)
+
+
+def _row(record, where, source_id, subject, question_field, answer_field, system_prompt, counts):
+    """The row of a record of a known variant, or None if it is dropped, which is counted."""
+    if question_field or answer_field:
+        fields = question_field or "question", answer_field or "answer"
+    elif frozenset(record) in VARIANTS:
+        fields = VARIANTS[frozenset(record)]
+    else:
+        raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} are no known form of ECG-Expert-QA "
+                         f"(Q, A; Disease, Q, A; medical_advice, Q, A; Question, Answer): name yours with --question_field and --answer_field")
+    texts = [text_field(record, field, where) for field in fields]
+    whole = [repaired(text) for text in texts]
+    if None in whole:
+        counts["dropped: garbled text that lost a byte"] += 1
+        return None
+    counts["mended: UTF-8 that had been read as GBK"] += whole != texts
+    disease = text_field(record, "Disease", where) if "Disease" in record else ""
+    extra = {"subject": subject} | ({"disease": disease} if disease else {})
+    return make_row(source_id, *whole, system_prompt=system_prompt, extra=extra)
+
+
+def repaired(text):
+    """Text whose UTF-8 had been read as GBK, set right ("patient鈥檚" is "patient’s"); None where a byte is lost for good."""
+    parts, run = [], ""
+    for character in text + " ":
+        if "\u4e00" <= character <= "\u9fff":
+            run += character
+            continue
+        if run:
+            try:
+                parts.append(run.encode("gbk").decode("utf-8"))
+            except UnicodeError:
+                return None
+            run = ""
+        parts.append(character)
+    return "".join(parts)[:-1]
+
+
+def make_row(source_id, question, answer, target_text=None, system_prompt="", extra=None):
+    """One row of the collection. An answer that begins with Yes or No gets a `verdict` in its extra. Without a reasoning, the
+    SFT target's block for it stays empty.
+    """
+    first = answer.split(maxsplit=1)[0].strip(",.;:").lower()
+    verdict = {"verdict": first} if first in ("yes", "no") else {}
+    return {"id": f"ecg_expert_qa:{source_id}", "data_source": "ecg_expert_qa",
+            "prompt": [{"role": "system", "content": system_prompt or SYSTEM_PROMPT}, {"role": "user", "content": question}],
+            "ground_truth": answer, "target": target_text or target("", answer),
+            "extra": {"question": question, **verdict, **(extra or {})}}
+
+
+def target(reasoning, answer):
+    """A completion in the task's tags."""
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+# === built-in items: measurements and their reading ===================================================================
+# Textbook limits: rate 60 to 100 a minute, PR 120 to 200 ms, QRS below 120 ms, axis -30 to +90 degrees (Surawicz et al. 2009,
+# doi:10.1161/CIRCULATIONAHA.108.191095); QTc below 450 ms in men and 460 in women (Rautaharju et al. 2009,
+# doi:10.1161/CIRCULATIONAHA.108.191096).
+
+
+def builtin_ecg(generator):
+    """One invented ECG as a dict of its measurements, drawn with a random.Random. Every measurement is abnormal in a third."""
+    def pick(normal, *abnormal):
+        low, high, step = normal if generator.random() < 2 / 3 else generator.choice(abnormal)
+        return generator.randrange(low, high, step)
+    fibrillation, qrs = generator.random() < 0.15, pick((76, 112, 4), (124, 172, 4))
+    return {"sex": generator.choice(("man", "woman")), "age": generator.randint(25, 89), "fibrillation": fibrillation,
+            "rate": pick((60, 101, 1), (38, 60, 1), (101, 150, 1)), "pr": None if fibrillation else pick((120, 201, 4), (204, 320, 4)),
+            "qrs": qrs, "block": generator.choice(("right", "left")) if qrs >= 120 else "",
+            "qtc": pick((380, 450, 2), (450, 460, 2), (462, 540, 2)), "axis": pick((-28, 90, 2), (-80, -32, 2), (92, 150, 2)),
+            "st": generator.choices(("", "inferior", "anterior", "depression"), (6, 1, 1, 1))[0],
+            "t": generator.choices(("", "inverted", "peaked"), (4, 1, 1))[0]}
+
+
+def ecg_question(e):
+    """The measurements, as the question gives them."""
+    st = {"": "isoelectric", "inferior": "2 mm up in II, III, aVF", "anterior": "2 mm up in V1 to V4", "depression": "1 mm down in V5, V6"}
+    t = {"": "upright", "inverted": "negative in V2 to V5", "peaked": "tall and pointed in V2 to V4"}
+    rhythm = "irregular, no P waves" if e["fibrillation"] else f"regular, P before each QRS, PR {e['pr']} ms"
+    shape = {"": "", "right": ", rSR' in V1", "left": ", broad R in V6"}[e["block"]]
+    return (f"ECG of a {e['sex']} of {e['age']}: rate {e['rate']}, {rhythm}, QRS {e['qrs']} ms{shape}, QTc {e['qtc']} ms, "
+            f"axis {e['axis']}, ST {st[e['st']]}, T {t[e['t']]}. What does it show?")
+
+
+def ecg_reading(e, careful=True):
+    """(reasoning, findings): what an annotator writes, line by line. The careless one does not look at PR, QTc and axis."""
+    lines, findings = [], []
+
+    def look(text, verdict, finding=""):
+        lines.append(f"{text}: {verdict}")
+        findings.extend([finding] if finding else [])
+    rate = "slow" if e["rate"] < 60 else "fast" if e["rate"] > 100 else "normal"
+    if e["fibrillation"]:
+        look("no P waves", "fibrillation", "atrial fibrillation")
+    else:
+        look(f"rate {e['rate']}", rate, {"slow": "sinus bradycardia", "fast": "sinus tachycardia", "normal": "normal sinus rhythm"}[rate])
+        if careful:
+            look(f"PR {e['pr']}", "long" if e["pr"] > 200 else "normal", "first-degree AV block" * (e["pr"] > 200))
+    look(f"QRS {e['qrs']}", "wide" if e["block"] else "narrow", f"{e['block']} bundle branch block" * bool(e["block"]))
+    if careful:
+        long = e["qtc"] >= (450 if e["sex"] == "man" else 460)
+        look(f"QTc {e['qtc']} {e['sex']}", "long" if long else "normal", "prolonged QT interval" * long)
+        side = "left" if e["axis"] < -30 else "right" if e["axis"] > 90 else ""
+        look(f"axis {e['axis']}", side or "normal", f"{side} axis deviation" * bool(side))
+    look("ST", {"": "level", "depression": "down"}.get(e["st"], "up"),
+         {"": "", "depression": "ST depression"}.get(e["st"], f"{e['st']} ST elevation"))
+    look("T", e["t"] or "upright", {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[e["t"]])
+    return "\n".join(lines), findings
+
+
+def builtin_rows(n, system_prompt="", seed=0):
+    """(train, heldout), half each, of n ECGs. Training targets are by a careless annotator (60%) or a careful one; ground truth and
+    held-out targets are the careful reading.
+    """
+    generator, sides, seen = random.Random(seed), ([], []), set()
+    while len(seen) < n:
+        e = builtin_ecg(generator)
+        question, careless = ecg_question(e), generator.random() < 0.6
+        if question in seen:
+            continue
+        seen.add(question)
+        heldout = question_hash(question, SPLIT_SEED) < 0.5
+        reasoning, findings = ecg_reading(e)
+        said, named = ecg_reading(e, careful=heldout or not careless)
+        sides[heldout].append(make_row(f"builtin-{len(seen) - 1}", question, sentence(findings), target(said, sentence(named)), system_prompt,
+                                       {"findings": findings, "explanation": reasoning, "annotator": "careless" if said != reasoning else "careful"}))
+    return sides
+
+
+def sentence(findings):
+    """The findings of a reading as one sentence."""
+    text = ", ".join(findings)
+    return f"{text[0].upper()}{text[1:]}."

@@ -1,0 +1,454 @@
+"""GRPO on free-text answers in one file: a LoRA adapter learns to read ECGs, or to answer open medical questions.
+
+    python sft.py --task ecg               first: the adapter to start from, runs/sft-ecg/model
+    python grpo_ecg.py                     GPU: goes on with it on Llama-3.2-3B-Instruct and the built-in ECG readings
+                                           no GPU: the built-in model, about 5 minutes
+    python grpo_ecg.py --data PATH         ECG-Expert-QA as it was cloned, a folder or a file (it is not on the hub)
+    python grpo_ecg.py --task medical_o1 --data hub --method reasoning   medical-o1-reasoning-SFT, or your own question and answer fields
+    python grpo_ecg.py --reward_model DIR  adds a reward model that `python rewards.py train` made
+    python grpo_ecg.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes needed)
+    python grpo_ecg.py --help              every knob
+
+The method is that of grpo_medmcqa.py (GRPO, Shao et al. 2024, arXiv:2402.03300, with DAPO's changes, arXiv:2503.14476; a
+LoRA adapter is trained, the reference is a second, frozen one). New is the reward: no letter tells whether free text is
+right, so several measures of it are weighed (below, and rewards.py). Each is logged by itself: one that climbs while the
+others fall is being gamed. With a reward model the run says so when that happens.
+
+Look at the reward and the held-out score, not at the loss: the advantages of a group sum to zero, so the loss of
+the first epoch stands near 0 however well training goes. What this file leaves out: several GPUs, an inference engine.
+"""
+import random
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import eval as evaluation
+import rewards
+from data import InputError, load_task, one_line_errors
+
+GPU = torch.cuda.is_available()
+
+
+@dataclass
+class Config:
+    """GRPO on free-text answers: a LoRA adapter trained on ECG readings or open medical questions."""
+
+    task: Literal["ecg", "medical_o1"] = "ecg"  # whose rows
+    # --- model
+    model: str = "meta-llama/Llama-3.2-3B-Instruct" if GPU else "tiny"  # the base: hub id, model folder, or tiny (the built-in model)
+    adapter: str = ""  # LoRA adapter to start from ("" = runs/sft-TASK/model, none = a fresh one)
+    lora_r: int = 16  # rank of a fresh adapter
+    lora_alpha: int = 32  # its scale: the adapter's product counts alpha / r times
+    load_in_4bit: bool = False  # quantise the base through bitsandbytes
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the base; the adapter is fp32. auto: bf16, or fp16
+    attn_implementation: str = "sdpa"  # attention kernel of transformers
+    # --- data
+    data: str = "builtin"  # builtin, a file, ECG-Expert-QA's or a prepared folder; medical_o1: hub, hub:ORG/NAME[:CONFIG] too
+    question_field: str = ""  # field of your own set that holds the question
+    answer_field: str = ""  # ... the gold answer
+    system_prompt: str = ""  # file with a system prompt instead of the built-in one
+    limit: int = 0  # read only so many rows (0 = all)
+    # --- rollout
+    steps: int = 300  # GRPO steps
+    prompts_per_step: int = 8  # prompts in a step (P)
+    group_size: int = 8  # completions per prompt (G)
+    max_prompt_length: int = 1024  # tokens; rows with a longer prompt are left out, and counted
+    max_completion_length: int = 300  # tokens; longer completions are cut and count as truncated
+    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
+    resample_zero_std: int = 1  # draw up to so many extra batches to replace groups whose rewards are all equal
+    # --- reward
+    method: Literal["hybrid", "reasoning"] = "hybrid"  # which of the mixes below
+    weights: dict[str, float] = field(default_factory=dict)  # instead: parts and weights, such as findings 0.5 format 0.1
+    normalize_rewards: bool = False  # bring each part to one scale in its group before they are weighed and added
+    similarity: Literal["auto", "embeddings", "overlap"] = "auto"  # how: by the encoder where it can be had
+    encoder: str = "cross-encoder/stsb-roberta-base"  # cross-encoder or sentence encoder: hub id or folder
+    language_model: str = "microsoft/biogpt" if GPU else ""  # whose perplexity is the fluency ("" = leave fluency out)
+    reward_model: str = ""  # folder of a trained reward model ("" = none)
+    learned_weight: float = 0.5  # its weight beside the others
+    # --- loss
+    mu: int = 1  # optimiser epochs over a rollout
+    beta: float = 0.01  # weight of the KL to the reference; 0: no reference is made
+    ref_every: int = 64  # steps after which the reference becomes a copy of the policy (0 = never)
+    epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
+    epsilon_high: float = 0.28  # ... and above 1 + epsilon_high; larger than epsilon: clip-higher (DAPO)
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"  # mean over a sequence / all tokens / a constant
+    importance_level: Literal["token", "sequence"] = "token"  # a ratio a token, or one a sequence (GSPO)
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
+    mask_truncated: bool = True  # leave truncated completions out of the loss and of its denominators
+    importance_cap: float = 0.0  # > 0: weigh tokens by min(trainer / sampler probability, cap); for bf16 and fp16
+    # --- optimiser
+    learning_rate: float = 1e-5  # peak of AdamW's
+    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls to 0
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    completions_per_forward: int = 0  # completions of a group in a forward pass (0 = all); less memory, same gradient
+    # --- evaluation
+    eval_size: int = 200  # held-out questions scored before and after
+    eval_every: int = 50  # also score them every so many steps (0 = only before and after)
+    eval_batch_size: int = 64  # questions answered at a time
+    # --- run
+    out: str = ""  # folder of the run (default: runs/grpo_ecg-<time>)
+    resume: bool = False  # continue the run in --out from its checkpoint
+    save_every: int = 50  # steps between checkpoints (0 = only when stopped)
+    seed: int = 0  # of sampling and of the order of the questions
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # also log to Weights & Biases
+    wandb_project: str = "grpo-medical"  # under this project
+
+
+# What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
+TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-3, ref_every=20, max_completion_length=176, eval_every=20,
+            similarity="overlap")
+
+# Weights of the parts of the reward, each part 0 to 1 (see rewards.py); their weighted mean is the reward, -1 without an answer.
+MIX = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
+       "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
+
+
+def mix(config):
+    """{part: weight} of this run."""
+    return (config.weights or MIX[config.method]) | ({"learned": config.learned_weight} if config.reward_model else {})
+
+
+def score(texts, rows, config):
+    """What completions earn: for each its parts and their weighted mean, `score`, -1 to 1."""
+    return evaluation.score_completions(texts, rows, weights=mix(config), encoder=config.encoder,
+                                        language_model=config.language_model, reward_model=config.reward_model)
+
+
+# === shared: algorithm ================================================================================================
+# Pure functions, the same to the letter in the three scripts. P prompts, G completions of each, T tokens at most.
+
+
+def group_advantages(rewards, scale_rewards):
+    """Advantages [P, G] of rewards [P, G]: how much better than its group each completion did.
+
+    Divided by the standard deviation (n - 1) of the group, of the batch, or by nothing (Dr. GRPO, arXiv:2503.20783).
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_rewards == "none":
+        return centred
+    std = rewards.std(dim=1, keepdim=True) if scale_rewards == "group" else rewards.std()
+    return centred / (std + 1e-4)
+
+
+def prompt_cache(model, prompt_ids):
+    """Keys and values of a prompt, [S] ids, of all tokens but the last: a flat list of [1, KV heads, S - 1, d].
+
+    The G completions of a group share their prompt, so it is computed once for all of them, here. Differentiable.
+    """
+    cache = DynamicCache()
+    model.get_decoder()(prompt_ids[None, :-1], past_key_values=cache, use_cache=True)
+    return [x for keys, values, _ in cache for x in (keys, values)]
+
+
+def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
+    """Log-probabilities of completions of one prompt, token by token, and the entropy of each choice.
+
+    prompt: prompt_cache(model, prompt_ids); completion_ids [G, T], padded on the right. Returns logps and entropy, both
+    [G, T], fp32, in nats; logps is differentiable in the model and in `prompt`. No mask is needed: under causal
+    attention padding comes after everything that counts, and its own values are masked in the loss.
+    """
+    group = [x.expand(len(completion_ids), -1, -1, -1) for x in prompt]
+    inputs = torch.cat([prompt_ids[-1:].expand(len(completion_ids), 1), completion_ids[:, :-1]], dim=1)
+    hidden = model.get_decoder()(inputs, past_key_values=DynamicCache(zip(group[::2], group[1::2])), use_cache=True)[0]
+    logps, entropy = evaluation.chosen_logps(model, hidden.flatten(0, 1), completion_ids.flatten(), temperature)
+    return logps.view_as(completion_ids), entropy.view_as(completion_ids)
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens,
+              max_completion_length, epsilon, epsilon_high, beta, loss_type, importance_level, weights=None):
+    """GRPO loss of some completions of a rollout, and sums over their tokens of what one wants to watch.
+
+    logps, old_logps, ref_logps (None where beta = 0), completion_mask, weights (importance weights, or None): [G, T];
+    advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of the whole
+    rollout, so the losses of its parts add up to its loss, however it is cut. Returns (loss, sums of kl, clip_fraction).
+    """
+    mask, advantages = completion_mask.float(), advantages[:, None]
+    log_ratio = logps - old_logps
+    if importance_level == "sequence":  # GSPO, arXiv:2507.18071: the geometric mean of the token ratios
+        log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    token_loss = -torch.min(ratio * advantages, clipped * advantages)  # PPO, arXiv:1707.06347, eq. 7
+    if weights is not None:
+        token_loss = token_loss * weights
+    kl = torch.zeros_like(logps)
+    if beta:
+        kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1  # k3 of http://joschu.net/blog/kl-approx.html
+        token_loss = token_loss + beta * kl
+    token_loss = token_loss * mask
+    if loss_type == "grpo":  # mean over each sequence's tokens, then over sequences
+        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_sequences
+    elif loss_type == "dapo":  # mean over all tokens, arXiv:2503.14476
+        loss = token_loss.sum() / num_tokens
+    else:  # dr_grpo: over a constant, so that long answers weigh no less
+        loss = token_loss.sum() / (num_sequences * max_completion_length)
+    was_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
+    return loss, {"kl": (kl.detach() * mask).sum().item(), "clip_fraction": (was_clipped * mask).sum().item()}
+
+
+# === end shared =======================================================================================================
+
+
+def question_stream(rows, seed, position):
+    """Endless rows, shuffled anew each epoch. The order hangs on the seed alone, so a resumed run goes on."""
+    while True:
+        epoch, start = divmod(position, len(rows))
+        for index in random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))[start:]:
+            position += 1
+            yield rows[index]
+
+
+def learning_rate(step, config, schedule_steps):
+    """Linear warm-up to the peak, then linear decay; schedule_steps is the number of steps at launch."""
+    warmup = max(1, config.warmup * schedule_steps)
+    falling = max(1, schedule_steps + 1 - step) / max(1, schedule_steps + 1 - warmup)
+    return config.learning_rate * min(1, step / warmup, falling)
+
+
+def rollout(model, tokenizer, questions, config, compute, stops, generator):
+    """Samples a group of completions for each of the next P questions and scores them; a list of P dicts."""
+    batch = [next(questions) for _ in range(config.prompts_per_step)]
+    with evaluation.autocast(compute):
+        completion_ids, completion_mask, sampler_logps = evaluation.generate(
+            model, [prompt_ids for _, prompt_ids in batch], config.group_size, stop_ids=stops, generator=generator,
+            max_new_tokens=config.max_completion_length, temperature=config.temperature)
+    texts, groups = evaluation.decode(tokenizer, completion_ids, completion_mask), []
+    every_score = score(texts, [row for row, _ in batch for _ in range(config.group_size)], config)
+    for i, (row, prompt_ids) in enumerate(batch):
+        own = slice(i * config.group_size, (i + 1) * config.group_size)
+        lengths = completion_mask[own].sum(dim=1)
+        ids, mask = completion_ids[own, :lengths.max()], completion_mask[own, :lengths.max()]
+        last = ids.gather(1, lengths[:, None] - 1)[:, 0]
+        truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device))  # cut at the limit: no EOS
+        scores = every_score[own]
+        rewards = torch.tensor([s["score"] for s in scores], dtype=torch.float64)
+        groups.append({
+            "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "completion_ids": ids,
+            "completion_mask": mask & ~truncated[:, None] if config.mask_truncated else mask,
+            "sampler_logps": sampler_logps[own, :lengths.max()], "texts": texts[own], "lengths": lengths,
+            "truncated": truncated, "scores": scores, "rewards": rewards,
+            "zero_std": bool(rewards.max() == rewards.min())})
+    return groups
+
+
+def add_reference_logps(reference, groups, config, compute):
+    """Gives each group ref_logps [G, T]: the log-probabilities of its completions under the reference."""
+    size = config.completions_per_forward or config.group_size
+    for group in groups:
+        with torch.no_grad(), evaluation.autocast(compute):
+            prompt = prompt_cache(reference, group["prompt_ids"])
+            group["ref_logps"] = torch.cat([
+                token_logps(reference, prompt, group["prompt_ids"], ids, config.temperature)[0]
+                for ids in group["completion_ids"].split(size)])
+
+
+def policy_gradient(model, groups, first_epoch, config, compute, scaler):
+    """Adds the gradient of the loss of the whole rollout to the model's parameters, a few completions at a time.
+
+    The first epoch after sampling writes each group's old_logps, later ones read them. Returns sums over the tokens
+    passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
+    """
+    masks = [group["completion_mask"] for group in groups]
+    num_tokens = max(1, sum(int(mask.sum()) for mask in masks))  # denominators: the whole rollout's, for all its parts
+    num_sequences = max(1, sum(int(mask.any(dim=1).sum()) for mask in masks))
+    size = config.completions_per_forward or config.group_size
+    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "sampler_gap", "tokens"), 0.0)
+    for group in groups:
+        if group["zero_std"] and not config.beta:
+            continue  # no advantage and no KL: no gradient
+        if first_epoch:
+            group["old_logps"] = torch.zeros_like(group["sampler_logps"])
+        with evaluation.autocast(compute):
+            prompt = prompt_cache(model, group["prompt_ids"])
+        leaves = [x.detach().requires_grad_() for x in prompt]  # collect the gradient of all parts of the group
+        for first in range(0, config.group_size, size):
+            part = slice(first, first + size)
+            ids, mask = group["completion_ids"][part], group["completion_mask"][part]
+            with evaluation.autocast(compute):
+                logps, entropy = token_logps(model, leaves, group["prompt_ids"], ids, config.temperature)
+            if first_epoch:  # the policy is still the one that sampled: its own logps are the old ones
+                group["old_logps"][part] = logps.detach()
+            gap = group["old_logps"][part] - group["sampler_logps"][part]
+            loss, watched = grpo_loss(
+                logps, group["old_logps"][part], group["ref_logps"][part] if config.beta else None,
+                group["advantages"][part], mask, num_sequences=num_sequences, num_tokens=num_tokens,
+                max_completion_length=config.max_completion_length, epsilon=config.epsilon,
+                epsilon_high=config.epsilon_high, beta=config.beta, loss_type=config.loss_type,
+                importance_level=config.importance_level,
+                weights=gap.exp().clamp(max=config.importance_cap) if config.importance_cap else None)
+            scaler.scale(loss).backward()
+            watched |= {"loss": loss.item(), "entropy": (entropy * mask).sum().item(),
+                        "sampler_gap": (gap.abs() * mask).sum().item(), "tokens": int(mask.sum())}
+            sums = {key: sums[key] + watched[key] for key in sums}
+        torch.autograd.backward(prompt, [leaf.grad for leaf in leaves])  # and send it through the prompt, once
+    return sums
+
+
+def start_adapter(base, config):
+    """The base with the adapter to train, "default", and a frozen copy of it, "reference", where there is a KL."""
+    folder = config.adapter or f"runs/sft-{config.task}/model"
+    if config.adapter == "none" or not config.adapter and not Path(folder).exists():
+        model = evaluation.new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
+        print("adapter: a fresh one" + (f" (there is no {folder}; python sft.py --task {config.task} makes one)"
+                                        if not config.adapter else ""))
+    else:
+        model = evaluation.read_adapter(base, folder, config.model)
+        print(f"adapter: {folder}")
+    if config.beta:
+        model.add_adapter("reference", model.peft_config["default"])
+        copy_adapter(model)
+    model.set_adapter("default")  # the one that is used, and trained
+    return model.eval()
+
+
+def copy_adapter(model):
+    """The reference becomes the policy: copies the adapter that is trained into the frozen one."""
+    weights = get_peft_model_state_dict(model, adapter_name="default")
+    set_peft_model_state_dict(model, weights, adapter_name="reference")
+
+
+def main(config):
+    evaluation.check_config(config)
+    for part, weight in config.weights.items():
+        if part not in MIX["hybrid"] or not 0 < weight < float("inf"):
+            raise InputError(f"--weights {part} {weight}: weights of {', '.join(MIX['hybrid'])}, more than 0, are needed")
+    run = evaluation.Run("grpo_ecg", config)
+    if run.finished:
+        print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
+        return
+
+    # --- data, model, and everything else that a checkpoint holds
+    train, heldout, counts = load_task(evaluation.TASKS[config.task], config)
+    evaluation.check_rows(config, train, heldout, counts)
+    base, tokenizer, compute = evaluation.load_model(config.model, config.dtype, load_in_4bit=config.load_in_4bit,
+                                                     attn_implementation=config.attn_implementation)
+    model = start_adapter(base, config)
+    config = replace(config, encoder=evaluation.pick_encoder(config.similarity, config.encoder))
+    evaluation.check_scorers(config.language_model, config.reward_model)
+    print("reward: " + ", ".join(f"{weight:g} {part}" for part, weight in mix(config).items()
+                                 if part != "fluency" or config.language_model))
+    train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
+    heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    parts = {"optimizer": optimizer, "scaler": scaler}
+    adapters = ("default", "reference") if config.beta else ("default",)
+    run.open()
+    step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when this launch (less earlier ones) began
+    state = run.load_checkpoint()
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        for name in adapters:
+            set_peft_model_state_dict(model, state[name], adapter_name=name)
+        generator.set_state(state["generator"])
+        step, position, start = state["step"], state["position"], time.time() - state["seconds"]
+        print(f"resumed: {run.folder} after step {step}")
+
+    def save():
+        states = {name: part.state_dict() for name, part in parts.items()}
+        states |= {name: get_peft_model_state_dict(model, adapter_name=name) for name in adapters}
+        run.save_checkpoint({**states, "generator": generator.get_state(), "step": step, "position": position,
+                             "seconds": time.time() - start})
+
+    def evaluate(title):
+        return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
+                                   max_completion_length=config.max_completion_length, score=lambda *x: score(*x, config))
+
+    # --- before
+    if not state:
+        run.write_records("eval_before", evaluate("before"))
+    before = run.read_records("eval_before")
+    print("before:", evaluation.describe(evaluation.summarize(before)))
+
+    # --- training
+    stops, questions = evaluation.stop_ids(model, tokenizer), question_stream(train, config.seed, position)
+    bar = tqdm(range(step + 1, config.steps + 1), "train", config.steps, initial=step, unit="step", disable=None)
+    for step in bar:
+        if config.beta and config.ref_every and step > 1 and (step - 1) % config.ref_every == 0:
+            copy_adapter(model)
+
+        # sample groups; on demand, groups whose rewards are all equal make room for those of other questions
+        clock, extra_batches = time.time(), 0
+        sampling = (model, tokenizer, questions, config, compute, stops, generator)
+        groups = rollout(*sampling)
+        while extra_batches < config.resample_zero_std and any(group["zero_std"] for group in groups):
+            extra_batches += 1
+            groups = sorted(groups + rollout(*sampling), key=lambda group: group["zero_std"])[:config.prompts_per_step]
+        position += config.prompts_per_step * (1 + extra_batches)
+        generate_seconds, clock = time.time() - clock, time.time()
+
+        # rewards to advantages, each completion against its group
+        rewards = torch.stack([group["rewards"] for group in groups])  # [P, G]
+        if config.normalize_rewards:  # each part on a scale of its own
+            rewards = sum(weight * group_advantages(torch.tensor([[s[part] for s in group["scores"]] for group in groups]), "group")
+                          for part, weight in mix(config).items())
+        for group, advantages in zip(groups, group_advantages(rewards, config.scale_rewards)):
+            group["advantages"] = advantages.float().to(model.device)
+
+        # mu epochs on the same rollout
+        if config.beta:
+            model.set_adapter("reference")
+            add_reference_logps(model, groups, config, compute)
+            model.set_adapter("default")
+        epochs, grad_norms, rate = [], [0.0], learning_rate(step, config, run.schedule_steps)
+        optimizer.param_groups[0]["lr"] = rate
+        for epoch in range(config.mu):
+            epochs.append(policy_gradient(model, groups, epoch == 0, config, compute, scaler))
+            if epochs[-1]["tokens"]:  # else every group was skipped
+                scaler.unscale_(optimizer)
+                grad_norms.append(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item())
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+
+        # metrics: means over the step's completions (and, of what the loss saw, over its tokens)
+        sums = {key: sum(epoch[key] for epoch in epochs) for key in epochs[0]}
+        metrics = {
+            "step": step, **evaluation.rollout_metrics(groups), "extra_batches": extra_batches,
+            "loss": sums["loss"] / config.mu,
+            **{key: sums[key] / max(1, sums["tokens"]) for key in ("kl", "clip_fraction", "entropy", "sampler_gap")},
+            "grad_norm": grad_norms[-1], "learning_rate": rate, "generate_seconds": generate_seconds,
+            "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]
+        run.report(bar, metrics, groups[0])
+        if config.reward_model:
+            run.warn_if_parted(bar)
+        if run.signal or step == config.steps or (config.save_every and step % config.save_every == 0):
+            save()
+            run.stop_if_asked(bar, step)
+
+    # --- after
+    run.write_records("eval_after", evaluate("after"))
+    comparison = evaluation.compare(before, run.read_records("eval_after"))
+    model.save_pretrained(run.folder / "model", selected_adapters=["default"])
+    tokenizer.save_pretrained(run.folder / "model")
+    run.finish({**comparison, "steps": config.steps, "seconds": time.time() - start, "seed": config.seed,
+                "model": config.model, "data": config.data, "versions": evaluation.versions()})
+
+
+def parse(arguments=None):
+    """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
+    config = tyro.cli(Config, args=arguments, use_underscores=True)
+    if config.model == "tiny":
+        usual, tiny = config, replace(Config(), **TINY)
+        config = tyro.cli(Config, args=arguments, use_underscores=True, default=tiny)
+        changed = [f"{key} {getattr(config, key)}" for key in TINY if getattr(config, key) != getattr(usual, key)]
+        print(f"{'' if GPU else 'no GPU: '}the built-in tiny model{' and items' if config.data == 'builtin' else ''}; "
+              f"settings for it: {', '.join(changed)}")
+    return config
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse())
