@@ -13,6 +13,10 @@ the option letters. It writes results.jsonl (a line a question), summary.json, a
     python eval.py chat --models base=M grpo=M+ADAPTER
 
 talks with heads, one after the other under their names; /clear, /system TEXT, /save FILE, /quit or Ctrl-D. Works from a pipe.
+
+    python eval.py merge --model M --adapter ADAPTER --out DIR
+
+makes one model of a base and an adapter, for servers: weights, tokenizer, generation config, and a card of how it was made.
 """
 import functools
 import html
@@ -1272,9 +1276,128 @@ def chat(config):
                 histories[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
+# === merge ============================================================================================================
+
+
+@dataclass
+class Merge:
+    """Writes a folder to serve or to publish: base and adapter as one model, tokenizer, generation config, model card."""
+
+    model: str  # the adapter's base, or a model that was trained as a whole: tiny, a folder, or a hub id
+    out: str  # folder to write
+    adapter: str = ""  # adapter folder, such as runs/my-run/model ("" = --model needs none)
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: fp32 on CPU, bf16 (or fp16) on a GPU
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [medical, question-answering]
+${base_line}---
+
+# $name
+
+`$base`, trained by $method on $data.
+
+| $questions | before | after |
+|---|---|---|
+$table
+
+$verdict
+
+## Use
+
+$prompt
+
+For research and teaching: how such training changes a small model. **This is no medical device.** It must not be used to diagnose,
+to treat, or to advise anyone; its answers can be wrong and sound right. The numbers above hold for these questions only.
+The licences of the base model and of the data apply.
+
+## Settings
+
+Weights: $dtype, safetensors. $versions
+
+```json
+$settings
+```
+"""
+
+
+def model_card(config, dtype):
+    """Text of the card. What training did is read from the run's folder, in which the trained folder lies; what is not there the card
+    says is not known.
+    """
+    run, known = Path(config.adapter or config.model).expanduser().resolve().parent, {}
+    for name in ("config", "summary"):
+        try:
+            known[name] = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known[name] = {}
+    settings, summary = known["config"], known["summary"]
+    measured = {side: summary[side] for side in ("before", "after") if side in summary}
+    table, questions, verdict = "| not known | | |", "held-out questions", "No summary.json of a training run lies beside the trained folder."
+    if len(measured) == 2:
+        title, lines = "score" if "score" in measured["after"] else "accuracy", []
+        for label, numbers in ((f"{title} [95% interval]", ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in
+                                                            map(headline, measured.values())]),
+                               ("format kept", [f"{s['format_rate']:.3f}" for s in measured.values()])):
+            lines.append(f"| {label} | {' | '.join(numbers)} |")
+        table, questions = "\n".join(lines), f"{measured['after']['n']} held-out questions, greedy answers"
+        verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], measured['after']['n'])}."
+        if "majority_accuracy" in measured["after"]:
+            verdict += f" Always giving the commonest answer: {measured['after']['majority_accuracy']:.3f}."
+    try:  # the task is in the ids of the questions
+        source = json.loads((run / "eval_after.jsonl").read_text(encoding="utf-8").split("\n")[0])["id"].partition(":")[0]
+        task = next(name for name in TASKS if source.startswith(name))
+    except (OSError, ValueError, StopIteration):
+        task = ""
+    if task and not settings.get("system_prompt"):
+        words = TASKS[task].SYSTEM_PROMPT.replace("{classes}", "yes, no or maybe" if settings.get("maybe") else "yes or no")
+        prompt = f"It was trained with this system prompt:\n\n```\n{words}\n```"
+    else:
+        prompt = "It was trained with a system prompt of its own" + (f" ({settings['system_prompt']})." if task else ", which is not known here.")
+    base = config.model if config.adapter or not settings else settings["model"]
+    method = "GRPO" if "group_size" in settings else "supervised fine-tuning" if "num_epochs" in settings else "a run that is not known"
+    on_hub = base.count("/") == 1 and not Path(base).exists()
+    return Template(CARD).substitute(
+        name=Path(config.out).name, base=base, base_line=f"base_model: {base}\n" if on_hub else "", method=method,
+        data=f"{task} ({settings['data']})" if task and settings else "data that are not known", questions=questions, table=table, verdict=verdict,
+        prompt=prompt, dtype=dtype, settings=json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume", "wandb", "wandb_project")}, indent=1),
+        versions=", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+        + (f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""))
+
+
+def merge(config):
+    """Writes config.out, see Merge. Raises InputError."""
+    out = Path(config.out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"--out {out} is there already, and not an empty folder: take another")
+    model, tokenizer, compute = load_model(config.model, config.dtype)
+    if config.adapter and hasattr(model, "peft_config"):
+        raise InputError(f"--model {config.model} is an adapter folder: name the base there, or leave --adapter out")
+    if config.adapter:
+        model = read_adapter(model, config.adapter, config.model)
+    if hasattr(model, "peft_config"):
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # NaN in the adapter
+            raise InputError(f"--adapter {config.adapter or config.model} cannot be merged: {error}") from None
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # a server stops where training did
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        (out / "README.md").write_text(model_card(config, str(compute).removeprefix("torch.")), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error.strerror})") from None
+    print(f"written: {out}/ ({', '.join(sorted(path.name for path in out.iterdir()))})")
+
+
 if __name__ == "__main__":
     with one_line_errors():
         if sys.argv[1:2] == ["chat"]:
             chat(tyro.cli(Chat, args=sys.argv[2:], use_underscores=True))
+        elif sys.argv[1:2] == ["merge"]:
+            merge(tyro.cli(Merge, args=sys.argv[2:], use_underscores=True))
         else:
             main(tyro.cli(Config, use_underscores=True, description=__doc__))

@@ -646,6 +646,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, c
             reasoning_block(solution_str, tags), extra_info.get("explanation") or "", extra_info.get("question") or "", encoder)
     return {"score": sum(parts.values()), **parts, "accuracy": accuracy, "format_ok": float(in_place == len(tags)), "answer": answer}
 
+
+def trl_reward(completions, data_source, ground_truth, extra, **_):
+    """The scores as TRL's GRPOTrainer asks for them: conversational or plain completions, and the columns of prepared rows."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return [compute_score(*row)["score"] for row in zip(data_source, texts, ground_truth, extra, strict=True)]
+
+
 # === the trained reward model =========================================================================================
 
 

@@ -4,6 +4,7 @@
     python -m data.prepare pubmedqa my_rows.json          your own file
     python -m data.prepare pubmedqa builtin --out DIR     the built-in questions
     python -m data.prepare medmcqa FILE --cop_base 1      a file whose numbering of the options cannot be told
+    python -m data.prepare ecg builtin --export verl      also for verl: train.parquet and val.parquet
 
 writes DIR/train.jsonl and DIR/heldout.jsonl (a row a line, see data/__init__.py), which every --data flag accepts as DIR.
 """
@@ -39,6 +40,30 @@ class Config:
     answer_field: str = ""  # ... the answer
     limit: int = 0  # read only so many rows (0 = all)
     tokenizer: str = "tiny"  # whose tokens to count: tiny, a model folder, or a hub id
+    export: Literal["none", "verl"] = "none"  # also write train.parquet and val.parquet (the held-out rows) in verl's schema
+
+
+def verl_row(row, split, index):
+    """A row in verl's schema (verl/utils/dataset/rl_dataset.py). extra_info holds what rewards.compute_score reads, and always the
+    same fields, so that the files of several tasks can be trained on together.
+    """
+    extra = {field: row["extra"].get(field) for field in ("question", "options", "explanation", "verdict", "subject")}
+    return {"data_source": row["data_source"], "prompt": row["prompt"], "ability": "medicine",
+            "reward_model": {"style": "rule", "ground_truth": row["ground_truth"]},
+            "extra_info": {"index": index, "split": split, "id": row["id"], **extra}}
+
+
+def export_verl(rows, split, path):
+    """Writes rows as a parquet file for verl."""
+    import pyarrow  # comes with datasets; a moment to import
+    from pyarrow import parquet
+    text = pyarrow.string()
+    extra = {"index": pyarrow.int64(), "split": text, "id": text, "question": text, "options": pyarrow.list_(text),
+             "explanation": text, "verdict": text, "subject": text}
+    schema = pyarrow.schema({  # written down, not guessed from the rows: a field that is empty in all of them keeps its type
+        "data_source": text, "prompt": pyarrow.list_(pyarrow.struct({"role": text, "content": text})), "ability": text,
+        "reward_model": pyarrow.struct({"style": text, "ground_truth": text}), "extra_info": pyarrow.struct(extra)})
+    parquet.write_table(pyarrow.Table.from_pylist([verl_row(row, split, i) for i, row in enumerate(rows)], schema=schema), path)
 
 
 def main(config):
@@ -53,6 +78,9 @@ def main(config):
         folder.mkdir(parents=True, exist_ok=True)
         for side, rows in (("train", train), ("heldout", heldout)):
             (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if config.export == "verl":
+            export_verl(train, "train", folder / "train.parquet")
+            export_verl(heldout, "val", folder / "val.parquet")
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
     for side, rows in (("train", train), ("heldout", heldout)):
@@ -62,6 +90,8 @@ def main(config):
         lengths = sorted(len(tokenizer("\n".join(m["content"] for m in row["prompt"])).input_ids) for row in rows) or [0]
         print(f"{folder}/{side}.jsonl: {len(rows)} rows; {balance}; prompts of {lengths[0]} to {lengths[-1]} tokens "
               f"({config.tokenizer}), median {lengths[len(lengths) // 2]}")
+    if config.export == "verl":
+        print(f"{folder}/train.parquet, val.parquet: the same rows for verl")
     for reason, count in counts.items():
         print(f"{count} {reason}")
 
