@@ -614,8 +614,8 @@ def verdict(answer):
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None, tag_weight=None,
-                  similarity_weight=None, encoder="", **free_text):
-    """Scores one completion.
+                  similarity_weight=None, encoder="", reward_router_address=None, reward_model_tokenizer=None, **free_text):
+    """Scores one completion. As it stands it is verl's custom reward function too (the two reward_* knobs are verl's, unused here).
 
     data_source: a key of TAGS. solution_str: generated text only, without the prompt. ground_truth: the right label.
     extra_info: the row's `extra` (MedMCQA needs its options, and takes question and explanation where they are). The weights

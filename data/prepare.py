@@ -44,8 +44,8 @@ class Config:
 
 
 def verl_row(row, split, index):
-    """A row in verl's schema (verl/utils/dataset/rl_dataset.py). extra_info holds what rewards.compute_score reads, and always the
-    same fields, so that the files of several tasks can be trained on together.
+    """A row in verl's schema (verl/utils/dataset/rl_dataset.py). extra_info holds what rewards.compute_score reads, always the same
+    fields: files of one schema can be joined.
     """
     extra = {field: row["extra"].get(field) for field in ("question", "options", "explanation", "verdict", "subject")}
     return {"data_source": row["data_source"], "prompt": row["prompt"], "ability": "medicine",

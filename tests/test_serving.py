@@ -21,8 +21,8 @@ from conftest import ROOT, save_family
 from data import one_line_errors
 
 TINY = str(ROOT / "data" / "tiny")
-QUICK = ["--model", "tiny", "--data", "builtin", "--eval_size", "4", "--max_completion_length", "32", "--eval_every", "0", "--learning_rate", "1e-2"]
-GRPO = [*QUICK, "--steps", "1", "--prompts_per_step", "3", "--group_size", "4", "--limit", "60"]
+QUICK = ["--model", "tiny", "--data", "builtin", "--eval_size", "4", "--max_completion_length", "64", "--eval_every", "0", "--learning_rate", "1e-3"]
+GRPO = [*QUICK, "--steps", "1", "--prompts_per_step", "4", "--group_size", "6", "--limit", "60"]
 RUNS = {"grpo_pubmedqa": (grpo_pubmedqa, GRPO), "grpo_medmcqa": (grpo_medmcqa, [*GRPO, "--adapter", "none"]),
         "grpo_ecg": (grpo_ecg, [*GRPO, "--adapter", "none"]), "sft": (sft, [*QUICK, "--task", "medmcqa", "--limit", "60", "--num_epochs", "1"])}
 IDS = torch.arange(40).view(2, 20) * 37 % 2000 + 4
@@ -91,7 +91,7 @@ def test_a_new_process_gets_the_same_logits(runs, tmp_path):
     for name in RUNS:
         assert numpy.abs(logits[name] - base).max() > 1e-3, name  # something was learned
         assert numpy.array_equal(read[name], logits[name]), name
-        assert numpy.abs(read[f"{name}-merged"] - logits[name]).max() < 1e-5, name
+        assert numpy.abs(read[f"{name}-merged"] - logits[name]).max() < 2e-6 * numpy.abs(base).max(), name  # 8e-6 of 10.5 was measured
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -113,7 +113,7 @@ def test_a_merged_folder_is_whole(runs, name):
     assert ("supervised fine-tuning" if name == "sft" else "trained by GRPO") in body
     assert {"grpo_pubmedqa": "on pubmedqa", "grpo_ecg": "on ecg"}.get(name, "on medmcqa") in body
     settings = json.loads(body.split("```json\n")[1].split("\n```")[0])
-    assert settings["learning_rate"] == 1e-2 and settings.items() <= config.items()
+    assert settings["learning_rate"] == 1e-3 and settings.items() <= config.items()
     prompt = body.split("system prompt:\n\n```\n")[1].split("\n```")[0]
     assert prompt in json.loads((run / "samples.jsonl").read_text().splitlines()[0])["prompt"][0]["content"] if name != "sft" else "<SOLUTION>" in prompt
     assert summary["versions"]["transformers"] in body and "$" not in body
