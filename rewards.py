@@ -647,10 +647,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, c
     return {"score": sum(parts.values()), **parts, "accuracy": accuracy, "format_ok": float(in_place == len(tags)), "answer": answer}
 
 
-def trl_reward(completions, data_source, ground_truth, extra, **_):
-    """The scores as TRL's GRPOTrainer asks for them: conversational or plain completions, and the columns of prepared rows."""
+def trl_reward(completions, data_source, ground_truth=(), extra=(), reward_model=(), extra_info=(), **_):
+    """The scores as TRL's GRPOTrainer asks for them, of conversational or plain completions. The columns are those of prepared rows,
+    or of verl's parquet, which load_dataset takes where a folder has both.
+    """
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
-    return [compute_score(*row)["score"] for row in zip(data_source, texts, ground_truth, extra, strict=True)]
+    truths = ground_truth or [one["ground_truth"] for one in reward_model]
+    return [compute_score(*row)["score"] for row in zip(data_source, texts, truths, extra or extra_info, strict=True)]
 
 
 # === the trained reward model =========================================================================================

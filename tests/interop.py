@@ -1,6 +1,36 @@
-# placeholder while writing
+"""Other engines on our rows and rewards, for real: each in an environment of its own, run by hand on CPU.
+
+    python3 -m venv verlenv && verlenv/bin/pip install verl==0.9.0 TransferQueue==0.1.8 torch==2.13.0 tyro
+    verlenv/bin/python tests/interop.py verl      README's commands validate; rows, reward function and manager, also in Ray workers
+    python3 -m venv trlenv && trlenv/bin/pip install -r requirements.txt trl==1.16.0
+    trlenv/bin/python tests/interop.py trl        two steps of TRL's own command, in one process and in two
+    python3 -m venv lmenv && lmenv/bin/pip install -r requirements.txt "lm_eval[hf]==0.4.13"
+    lmenv/bin/python tests/interop.py lm_eval     our task files, and eval.py --mode loglikelihood beside them
+
+Each prints versions, rows compared and the largest difference, and ends with exit code 1 if that is more than rounding.
+"""
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import rewards
+
+TASKS = ("pubmedqa", "medmcqa", "ecg", "medical_o1")
+NEEDS = {"verl": ("verl==0.9.0 TransferQueue==0.1.8 torch==2.13.0 tyro", ("verl", "transformers", "torch", "ray", "tensordict", "datasets")),
+         "trl": ("-r requirements.txt trl==1.16.0", ("trl", "transformers", "torch", "accelerate", "datasets")),
+         "lm_eval": ('-r requirements.txt "lm_eval[hf]==0.4.13"', ("lm_eval", "transformers", "torch", "datasets"))}
 MEDICAL_O1 = [{"Question": f"Which drug helps in case {i}?", "Complex_CoT": f"Case {i} shows sign {i * 7 % 31}.",
-               "Response": f"Drug {i % 13} lowers sign {i * 7 % 31} within {i % 5 + 2} days."} for i in range(500)]
+               "Response": f"Drug {i % 13} lowers sign {i * 7 % 31} within {i % 5 + 2} days."} for i in range(500)]  # it has no built-in rows
 
 
 def attempts(rows):
@@ -10,3 +40,216 @@ def attempts(rows):
         own, other, answer = row["target"], rows[i - 1]["target"], row["ground_truth"]
         made.append((own, other, own + "\nI hope this helps.", own.partition("\n")[2], answer, own.replace(answer, f"{answer} {answer}"))[i % 6])
     return made
+
+
+def run(*command, **environment):
+    """stdout of a command in the repository's root; its output is shown, and all ends, where it fails."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))[:500]}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done.stdout
+
+
+def prepare(task, folder, *flags):
+    """Rows of a task, (train, heldout), as data.prepare writes them into a folder."""
+    source = "builtin"
+    if task == "medical_o1":
+        source = folder.parent / "medical_o1.json"
+        source.write_text(json.dumps(MEDICAL_O1))
+    run(sys.executable, "-m", "data.prepare", task, source, "--out", folder, *flags)
+    return [[json.loads(line) for line in (folder / f"{side}.jsonl").read_text().splitlines()] for side in ("train", "heldout")]
+
+
+def check(what, rows, difference, limit):
+    """Prints a comparison; ends the program where the difference is too large."""
+    print(f"{what}: {rows} rows, largest difference {difference:.2g}")
+    if not difference <= limit:
+        sys.exit(f"{what}: more than {limit:g}")
+
+
+def largest(ours, theirs):
+    """The largest difference of two lists of numbers, of the same length."""
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+
+# === verl =============================================================================================================
+
+
+def verl_configs(readme):
+    """{experiment name: config} of README's verl commands: the blocks are run by bash as they stand, but with --cfg job."""
+    import yaml
+    from omegaconf import OmegaConf
+    blocks = [block for block in re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), re.S) if "verl.trainer.main_ppo" in block]
+    if not blocks:
+        sys.exit(f"{readme} has no command with verl.trainer.main_ppo")
+    configs = {}
+    for block in blocks:
+        lines = [line for line in block.splitlines() if not line.startswith(("python -m data", "python eval.py", "python sft.py", "pip"))]
+        script = "\n".join(lines).replace("python -m verl.trainer.main_ppo", f"echo '--- # config'; {sys.executable} -m verl.trainer.main_ppo --cfg job")
+        printed = run("bash", "-euc", script).split("--- # config\n")[1:]
+        for text in printed:
+            config = OmegaConf.create(yaml.safe_load(text[text.index("actor_rollout_ref:"):]))
+            configs[config.trainer.experiment_name] = config
+    return configs
+
+
+def verl(arguments, folder):
+    import numpy
+    import ray
+    import torch
+    from omegaconf import open_dict
+    from transformers import AutoTokenizer
+    from verl import DataProto
+    from verl.experimental.reward_loop.reward_loop import RewardLoopManager
+    from verl.trainer.ppo.metric_utils import process_validation_metrics
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+    from verl.workers.reward_manager.naive import NaiveRewardManager
+
+    os.chdir(ROOT)
+    configs = verl_configs(arguments.readme)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
+    for name, config in configs.items():
+        checked = config.copy()
+        try:
+            import vllm  # noqa: F401
+        except ImportError:
+            checked.actor_rollout_ref.model.lora_rank = 0  # verl asks vLLM which ranks it takes
+        validate_config(checked, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+        for part in (config.algorithm, config.actor_rollout_ref.rollout, config.reward.reward_manager):
+            omega_conf_to_dataclass(part)
+        assert config.algorithm.adv_estimator == "grpo" and config.actor_rollout_ref.actor.use_kl_loss and not need_critic(config)
+        assert Path(config.data.train_files).parts[-3:] == ("processed", name, "train.parquet")
+        print(f"{name}: --cfg job, and verl's own validation, pass")
+    assert set(configs) == set(TASKS), set(configs)
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder / "ray"), runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    for task, config in configs.items():
+        train, heldout = prepare(task, folder / task, "--export", "verl")
+        path = folder / task / "val.parquet"
+        with open_dict(config):
+            config.actor_rollout_ref.model.path, config.reward.num_workers, config.data.cache_dir = str(ROOT / "data" / "tiny"), 2, str(folder / "cache")
+        data = RLHFDataset(str(path), tokenizer, config.data)
+        rows = heldout[:200]
+        assert len(data) == len(heldout) and len(RLHFDataset(str(folder / task / "train.parquet"), tokenizer, config.data)) == len(train)
+        items = [data[i] for i in range(200)]
+        assert [item["raw_prompt"] for item in items] == [row["prompt"] for row in rows]
+
+        # a batch as after a rollout: prompts padded on the left, responses on the right
+        prompts = [tokenizer.apply_chat_template(item["raw_prompt"], add_generation_prompt=True, return_dict=False) for item in items]
+        responses = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in attempts(rows)]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        left, right = max(map(len, prompts)), max(map(len, responses))
+        tensors = {"prompts": torch.tensor([[0] * (left - len(ids)) + ids for ids in prompts]),
+                   "responses": torch.tensor([ids + [0] * (right - len(ids)) for ids in responses]),
+                   "attention_mask": torch.tensor([[0] * (left - len(p)) + [1] * (len(p) + len(r)) + [0] * (right - len(r))
+                                                   for p, r in zip(prompts, responses)])}
+        others = {key: value for key, value in collate_fn(items).items() if not isinstance(value, torch.Tensor)}
+        batch = DataProto.from_dict(tensors, non_tensors=others)
+        ours = [rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"]) for row, text in zip(rows, texts)]
+        scores = [one["score"] for one in ours]
+        assert len(set(scores)) > 3
+
+        def compare(where, tensor, info):
+            """verl's rewards (each at its response's last token) and what it keeps beside them, against ours."""
+            assert all((row[:len(ids) - 1] == 0).all() for row, ids in zip(tensor, responses))
+            difference = max(largest(scores, tensor.sum(dim=1).tolist()), *(largest([one[key] for one in ours], map(float, info[key])) for key in ours[0]
+                                                                            if key != "answer"))
+            assert [str(answer) for answer in info["answer"]] == [one["answer"] for one in ours] and set(info) == set(ours[0])
+            check(f"{task}, {where}", len(rows), difference, 1e-6)
+
+        function = get_custom_reward_fn(config)
+        result = NaiveRewardManager(tokenizer, 0, function)(batch, return_dict=True)
+        compare("naive manager", result["reward_tensor"], result["reward_extra_info"])
+        manager = RewardLoopManager(config)
+        result = manager.compute_rm_score(batch)
+        compare("naive manager in 2 Ray workers", result.batch["rm_scores"], {key: result.non_tensor_batch[key] for key in result.meta_info["reward_extra_keys"]})
+        metrics = process_validation_metrics([row["data_source"] for row in rows], [row["id"] for row in rows],
+                                             {key: list(values) for key, values in result.non_tensor_batch.items()})
+        [logged] = metrics.values()
+        check(f"{task}, verl's validation metric", len(rows), abs(logged["accuracy"]["mean@1"] - numpy.mean([one["accuracy"] for one in ours])), 1e-6)
+        for worker in manager.reward_loop_workers:
+            ray.kill(worker)
+    ray.shutdown()
+
+
+# === trl ==============================================================================================================
+
+
+def trl(arguments, folder):
+    import pandas
+    steps, completions = 2, 8
+    for task in TASKS:
+        train, _ = prepare(task, folder / task)
+        by_prompt = {row["prompt"][-1]["content"]: row for row in train}
+        launchers = [("one process", [sys.executable], completions)]
+        if task == "pubmedqa":
+            launchers.append(("torchrun, 2 processes", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29617], completions // 2))
+        for name, launcher, own in launchers:
+            out = folder / f"{task}-{len(launcher)}"
+            run(*launcher, "-m", "trl.scripts.grpo", "--model_name_or_path", ROOT / "data" / "tiny", "--dataset_name", folder / task,
+                "--reward_funcs", "rewards.trl_reward", "--output_dir", out, "--max_steps", steps, "--per_device_train_batch_size", own,
+                "--num_generations", 4, "--max_completion_length", 64, "--beta", 0.01, "--learning_rate", 1e-4, "--logging_steps", 1,
+                "--log_completions", "--save_steps", steps, "--report_to", "none", "--use_cpu", "--bf16", "False", "--dtype", "float32",
+                HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
+            tables = [pandas.read_parquet(file) for file in sorted((out / "completions").glob("*.parquet"))]
+            [state] = out.glob("checkpoint-*/trainer_state.json")
+            logged = [entry["reward"] for entry in json.loads(state.read_text())["log_history"] if "reward" in entry]
+            assert len(tables) == len(logged) == steps and all(len(table) == completions for table in tables)
+            ours = [[rewards.compute_score(row["data_source"], completion[-1]["content"], row["ground_truth"], row["extra"])["score"]
+                     for row, completion in zip((by_prompt[prompt[-1]["content"]] for prompt in table.prompt), table.completion)] for table in tables]
+            theirs = [list(table.trl_reward) for table in tables]
+            difference = max(largest(sum(ours, []), sum(theirs, [])), largest([sum(own) / len(own) for own in ours], logged))
+            check(f"{task}, TRL, {name}, {steps} steps: rewards of completions and the logged means", sum(map(len, ours)), difference, 1e-6)
+
+
+# === lm-evaluation-harness ============================================================================================
+
+
+def lm_eval(arguments, folder):
+    import yaml
+    rows = 60
+    for task in ("medmcqa", "pubmedqa"):
+        _, heldout = prepare(task, folder / task)
+        config = yaml.safe_load((ROOT / "data" / "lm_eval" / f"{task}_prepared.yaml").read_text())
+        config["dataset_kwargs"]["data_files"] = {"test": str(folder / task / "heldout.jsonl")}  # the rest as it is
+        (folder / "tasks").mkdir(exist_ok=True)
+        (folder / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(config))
+        run(sys.executable, "-m", "lm_eval", "run", "--include_path", folder / "tasks", "--tasks", f"{task}_prepared", "--model", "hf", "--model_args",
+            f"pretrained={ROOT / 'data' / 'tiny'},dtype=float32", "--device", "cpu", "--limit", rows, "--log_samples", "--output_path", folder / f"{task}-out",
+            HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
+        [file] = (folder / f"{task}-out").rglob("results*.json")
+        [samples] = (folder / f"{task}-out").rglob("samples*.jsonl")
+        accuracy = json.loads(file.read_text())["results"][f"{task}_prepared"]["acc,none"]
+        records = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda record: record["doc_id"])
+        assert len(records) == rows and [record["doc"]["id"] for record in records] == [row["id"] for row in heldout[:rows]]
+        theirs = [[float(answer[0]) for answer in record["filtered_resps"]] for record in records]
+        picks = [config["doc_to_choice"][values.index(max(values))] for values in theirs]
+        right = sum(pick == row["ground_truth"] for pick, row in zip(picks, heldout)) / rows
+        check(f"{task}, lm_eval: its accuracy {accuracy:.3f} and that of its picks on our rows", rows, abs(accuracy - right), 1e-9)
+        if task == "medmcqa":
+            run(sys.executable, "eval.py", "--task", task, "--model", "tiny", "--data", folder / task, "--mode", "loglikelihood", "--eval_size", rows,
+                "--out", folder / "ours", OMP_NUM_THREADS="1")
+            ours = [json.loads(line) for line in (folder / "ours" / "eval.jsonl").read_text().splitlines()]
+            same = sum(record["answer"] == pick for record, pick in zip(ours, picks, strict=True))
+            print(f"{task}: {same} of {rows} picks are those of eval.py --mode loglikelihood, accuracy {json.loads((folder / 'ours' / 'summary.json').read_text())['accuracy']:.3f}")
+            check(f"{task}, log-likelihoods of the four letters", rows, max(largest(record["loglikelihoods"], values) for record, values in zip(ours, theirs)), 1e-4)
+            assert same == rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=NEEDS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose commands to check (verl)")
+    arguments = parser.parse_args()
+    packages, shown = NEEDS[arguments.what]
+    try:
+        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown))
+    except importlib.metadata.PackageNotFoundError as error:
+        print(f"error: {error.name} is not installed here; in an environment of its own: pip install {packages}", file=sys.stderr)
+        sys.exit(2)
+    with tempfile.TemporaryDirectory(prefix="interop-") as temporary:
+        globals()[arguments.what](arguments, Path(temporary))
+    print(f"{arguments.what}: all checks passed")
