@@ -1324,8 +1324,8 @@ $settings
 
 
 def model_card(config, dtype):
-    """Text of the card. What training did is read from the run's folder, in which the trained folder lies; what is not there the card
-    says is not known.
+    """Text of the card. What training did is read from the run's folder, in which the trained folder lies; of what is not there the
+    card says that it is not known.
     """
     run, known = Path(config.adapter or config.model).expanduser().resolve().parent, {}
     for name in ("config", "summary"):
@@ -1337,12 +1337,11 @@ def model_card(config, dtype):
     measured = {side: summary[side] for side in ("before", "after") if side in summary}
     table, questions, verdict = "| not known | | |", "held-out questions", "No summary.json of a training run lies beside the trained folder."
     if len(measured) == 2:
-        title, lines = "score" if "score" in measured["after"] else "accuracy", []
-        for label, numbers in ((f"{title} [95% interval]", ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in
-                                                            map(headline, measured.values())]),
-                               ("format kept", [f"{s['format_rate']:.3f}" for s in measured.values()])):
-            lines.append(f"| {label} | {' | '.join(numbers)} |")
-        table, questions = "\n".join(lines), f"{measured['after']['n']} held-out questions, greedy answers"
+        name = "score" if "score" in measured["after"] else "accuracy"
+        values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in map(headline, measured.values())]
+        table = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in (
+            (f"{name} [95% interval]", *values), ("format kept", *(f"{side['format_rate']:.3f}" for side in measured.values()))))
+        questions = f"{measured['after']['n']} held-out questions, greedy answers"
         verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], measured['after']['n'])}."
         if "majority_accuracy" in measured["after"]:
             verdict += f" Always giving the commonest answer: {measured['after']['majority_accuracy']:.3f}."
@@ -1358,13 +1357,14 @@ def model_card(config, dtype):
         prompt = "It was trained with a system prompt of its own" + (f" ({settings['system_prompt']})." if task else ", which is not known here.")
     base = config.model if config.adapter or not settings else settings["model"]
     method = "GRPO" if "group_size" in settings else "supervised fine-tuning" if "num_epochs" in settings else "a run that is not known"
+    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
     on_hub = base.count("/") == 1 and not Path(base).exists()
     return Template(CARD).substitute(
         name=Path(config.out).name, base=base, base_line=f"base_model: {base}\n" if on_hub else "", method=method,
-        data=f"{task} ({settings['data']})" if task and settings else "data that are not known", questions=questions, table=table, verdict=verdict,
-        prompt=prompt, dtype=dtype, settings=json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume", "wandb", "wandb_project")}, indent=1),
-        versions=", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-        + (f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""))
+        data=f"{task} ({settings['data']})" if task and settings else "data that are not known", questions=questions, table=table,
+        verdict=verdict, prompt=prompt, dtype=dtype,
+        versions=versions + (f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""),
+        settings=json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume", "wandb", "wandb_project")}, indent=1))
 
 
 def merge(config):

@@ -63,7 +63,11 @@ def export_verl(rows, split, path):
     schema = pyarrow.schema({  # written down, not guessed from the rows: a field that is empty in all of them keeps its type
         "data_source": text, "prompt": pyarrow.list_(pyarrow.struct({"role": text, "content": text})), "ability": text,
         "reward_model": pyarrow.struct({"style": text, "ground_truth": text}), "extra_info": pyarrow.struct(extra)})
-    parquet.write_table(pyarrow.Table.from_pylist([verl_row(row, split, i) for i, row in enumerate(rows)], schema=schema), path)
+    try:
+        table = pyarrow.Table.from_pylist([verl_row(row, split, i) for i, row in enumerate(rows)], schema=schema)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise InputError(f"--export verl: a field of a row's `extra` ({', '.join(list(extra)[3:])}) is of another kind than text: {error}") from None
+    parquet.write_table(table, path)
 
 
 def main(config):

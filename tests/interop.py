@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import rewards
 
@@ -79,17 +79,21 @@ def verl_configs(readme):
     """{experiment name: config} of README's verl commands: the blocks are run by bash as they stand, but with --cfg job."""
     import yaml
     from omegaconf import OmegaConf
-    blocks = [block for block in re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), re.S) if "verl.trainer.main_ppo" in block]
+    blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
+    blocks = [block for block in blocks if "verl.trainer.main_ppo" in block]
     if not blocks:
         sys.exit(f"{readme} has no command with verl.trainer.main_ppo")
     configs = {}
     for block in blocks:
         lines = [line for line in block.splitlines() if not line.startswith(("python -m data", "python eval.py", "python sft.py", "pip"))]
-        script = "\n".join(lines).replace("python -m verl.trainer.main_ppo", f"echo '--- # config'; {sys.executable} -m verl.trainer.main_ppo --cfg job")
+        command = "python -m verl.trainer.main_ppo"
+        script = "\n".join(lines).replace(command, f"echo '--- # config'; {command.replace('python', sys.executable)} --cfg job")
         printed = run("bash", "-euc", script).split("--- # config\n")[1:]
         for text in printed:
             config = OmegaConf.create(yaml.safe_load(text[text.index("actor_rollout_ref:"):]))
             configs[config.trainer.experiment_name] = config
+    if set(configs) != set(TASKS):
+        sys.exit(f"{readme} has verl commands for {', '.join(configs)}; needed are {', '.join(TASKS)}")
     return configs
 
 
@@ -118,19 +122,21 @@ def verl(arguments, folder):
         except ImportError:
             checked.actor_rollout_ref.model.lora_rank = 0  # verl asks vLLM which ranks it takes
         validate_config(checked, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-        for part in (config.algorithm, config.actor_rollout_ref.rollout, config.reward.reward_manager):
+        for part in (config.algorithm, config.actor_rollout_ref.rollout):
             omega_conf_to_dataclass(part)
         assert config.algorithm.adv_estimator == "grpo" and config.actor_rollout_ref.actor.use_kl_loss and not need_critic(config)
+        assert config.actor_rollout_ref.model.lora_rank and config.reward.custom_reward_function.path == str(ROOT / "rewards.py")
         assert Path(config.data.train_files).parts[-3:] == ("processed", name, "train.parquet")
         print(f"{name}: --cfg job, and verl's own validation, pass")
-    assert set(configs) == set(TASKS), set(configs)
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder / "ray"), runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder / "ray"),
+             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
     for task, config in configs.items():
         train, heldout = prepare(task, folder / task, "--export", "verl")
         path = folder / task / "val.parquet"
         with open_dict(config):
-            config.actor_rollout_ref.model.path, config.reward.num_workers, config.data.cache_dir = str(ROOT / "data" / "tiny"), 2, str(folder / "cache")
+            config.actor_rollout_ref.model.path = str(ROOT / "data" / "tiny")
+            config.reward.num_workers, config.data.cache_dir = 2, str(folder / "cache")
         data = RLHFDataset(str(path), tokenizer, config.data)
         rows = heldout[:200]
         assert len(data) == len(heldout) and len(RLHFDataset(str(folder / task / "train.parquet"), tokenizer, config.data)) == len(train)
@@ -155,17 +161,24 @@ def verl(arguments, folder):
         def compare(where, tensor, info):
             """verl's rewards (each at its response's last token) and what it keeps beside them, against ours."""
             assert all((row[:len(ids) - 1] == 0).all() for row, ids in zip(tensor, responses))
-            difference = max(largest(scores, tensor.sum(dim=1).tolist()), *(largest([one[key] for one in ours], map(float, info[key])) for key in ours[0]
-                                                                            if key != "answer"))
+            numbers = [key for key in ours[0] if key != "answer"]
+            difference = max(largest(scores, tensor.sum(dim=1).tolist()), *(largest([one[key] for one in ours], info[key]) for key in numbers))
             assert [str(answer) for answer in info["answer"]] == [one["answer"] for one in ours] and set(info) == set(ours[0])
             check(f"{task}, {where}", len(rows), difference, 1e-6)
 
+        if task == "pubmedqa":  # knobs go through verl's configuration, and change scores
+            with_knobs = config.copy()
+            with open_dict(with_knobs):
+                with_knobs.reward.custom_reward_function.reward_kwargs = {"tag_weight": 0.5}
+            function = get_custom_reward_fn(with_knobs)
+            assert function(data_source=task, solution_str=rows[0]["target"], ground_truth=rows[0]["ground_truth"], extra_info={})["score"] == 4.0
         function = get_custom_reward_fn(config)
         result = NaiveRewardManager(tokenizer, 0, function)(batch, return_dict=True)
         compare("naive manager", result["reward_tensor"], result["reward_extra_info"])
         manager = RewardLoopManager(config)
         result = manager.compute_rm_score(batch)
-        compare("naive manager in 2 Ray workers", result.batch["rm_scores"], {key: result.non_tensor_batch[key] for key in result.meta_info["reward_extra_keys"]})
+        compare("naive manager in 2 Ray workers", result.batch["rm_scores"],
+                {key: result.non_tensor_batch[key] for key in result.meta_info["reward_extra_keys"]})
         metrics = process_validation_metrics([row["data_source"] for row in rows], [row["id"] for row in rows],
                                              {key: list(values) for key, values in result.non_tensor_batch.items()})
         [logged] = metrics.values()
@@ -186,7 +199,8 @@ def trl(arguments, folder):
         by_prompt = {row["prompt"][-1]["content"]: row for row in train}
         launchers = [("one process", [sys.executable], completions)]
         if task == "pubmedqa":
-            launchers.append(("torchrun, 2 processes", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29617], completions // 2))
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29617]
+            launchers.append(("torchrun, 2 processes", torchrun, completions // 2))
         for name, launcher, own in launchers:
             out = folder / f"{task}-{len(launcher)}"
             run(*launcher, "-m", "trl.scripts.grpo", "--model_name_or_path", ROOT / "data" / "tiny", "--dataset_name", folder / task,
@@ -217,9 +231,9 @@ def lm_eval(arguments, folder):
         config["dataset_kwargs"]["data_files"] = {"test": str(folder / task / "heldout.jsonl")}  # the rest as it is
         (folder / "tasks").mkdir(exist_ok=True)
         (folder / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(config))
-        run(sys.executable, "-m", "lm_eval", "run", "--include_path", folder / "tasks", "--tasks", f"{task}_prepared", "--model", "hf", "--model_args",
-            f"pretrained={ROOT / 'data' / 'tiny'},dtype=float32", "--device", "cpu", "--limit", rows, "--log_samples", "--output_path", folder / f"{task}-out",
-            HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
+        run(sys.executable, "-m", "lm_eval", "--include_path", folder / "tasks", "--tasks", f"{task}_prepared", "--model", "hf",
+            "--model_args", f"pretrained={ROOT / 'data' / 'tiny'},dtype=float32", "--device", "cpu", "--limit", rows, "--log_samples",
+            "--output_path", folder / f"{task}-out", HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
         [file] = (folder / f"{task}-out").rglob("results*.json")
         [samples] = (folder / f"{task}-out").rglob("samples*.jsonl")
         accuracy = json.loads(file.read_text())["results"][f"{task}_prepared"]["acc,none"]
@@ -230,12 +244,14 @@ def lm_eval(arguments, folder):
         right = sum(pick == row["ground_truth"] for pick, row in zip(picks, heldout)) / rows
         check(f"{task}, lm_eval: its accuracy {accuracy:.3f} and that of its picks on our rows", rows, abs(accuracy - right), 1e-9)
         if task == "medmcqa":
-            run(sys.executable, "eval.py", "--task", task, "--model", "tiny", "--data", folder / task, "--mode", "loglikelihood", "--eval_size", rows,
-                "--out", folder / "ours", OMP_NUM_THREADS="1")
+            run(sys.executable, "eval.py", "--task", task, "--model", "tiny", "--data", folder / task, "--mode", "loglikelihood",
+                "--eval_size", rows, "--out", folder / "ours", OMP_NUM_THREADS="1")
             ours = [json.loads(line) for line in (folder / "ours" / "eval.jsonl").read_text().splitlines()]
             same = sum(record["answer"] == pick for record, pick in zip(ours, picks, strict=True))
-            print(f"{task}: {same} of {rows} picks are those of eval.py --mode loglikelihood, accuracy {json.loads((folder / 'ours' / 'summary.json').read_text())['accuracy']:.3f}")
-            check(f"{task}, log-likelihoods of the four letters", rows, max(largest(record["loglikelihoods"], values) for record, values in zip(ours, theirs)), 1e-4)
+            own = json.loads((folder / "ours" / "summary.json").read_text())["accuracy"]
+            print(f"{task}: {same} of {rows} picks are those of eval.py --mode loglikelihood, whose accuracy is {own:.3f}")
+            check(f"{task}, log-likelihoods of the four letters", rows,
+                  max(largest(record["loglikelihoods"], values) for record, values in zip(ours, theirs)), 1e-4)
             assert same == rows
 
 

@@ -3,7 +3,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jinja2
 import pytest
@@ -13,7 +12,7 @@ from pyarrow import parquet
 
 import rewards
 from conftest import ROOT
-from data import medical_o1, prepare
+from data import InputError, prepare
 from interop import MEDICAL_O1, attempts
 
 TASKS = ["pubmedqa", "medmcqa", "ecg", "medical_o1"]
@@ -66,6 +65,12 @@ def test_all_tasks_share_one_schema(tmp_path):
     assert parquet.read_schema(tmp_path / "none.parquet") == one
 
 
+def test_a_row_that_does_not_fit_is_one_line(tmp_path):
+    row = {"data_source": "x", "prompt": [], "ground_truth": "a", "id": "x:0", "target": "", "extra": {"question": "q", "explanation": [3]}}
+    with pytest.raises(InputError, match="--export verl: .*explanation.*another kind"):
+        prepare.export_verl([row], "train", tmp_path / "f.parquet")
+
+
 @pytest.mark.parametrize("reader", ["pyarrow", "pandas", "datasets"])
 def test_scores_through_parquet_are_ours(prepared, reader, tmp_path, monkeypatch):
     """pandas gives lists as numpy arrays; the reward file is loaded by its path, as verl does."""
@@ -100,6 +105,8 @@ def test_prepared_rows_are_trls_conversational_dataset(prepared, tmp_path):
     plain = rewards.trl_reward(prompts=rows["prompt"], completions=texts, **columns)
     ours = [rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])["score"] for row, text in zip(sides["train"], texts)]
     assert talked == plain == ours and len(set(ours)) > 3
+    both = load_dataset(str(folder), split="train", cache_dir=str(tmp_path))  # of a folder with both forms datasets takes the parquet
+    assert rewards.trl_reward(completions=texts, **{name: both[name] for name in both.column_names if name != "prompt"}) == ours
 
 
 def rendered(task, row):

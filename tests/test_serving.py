@@ -115,7 +115,10 @@ def test_a_merged_folder_is_whole(runs, name):
     settings = json.loads(body.split("```json\n")[1].split("\n```")[0])
     assert settings["learning_rate"] == 1e-3 and settings.items() <= config.items()
     prompt = body.split("system prompt:\n\n```\n")[1].split("\n```")[0]
-    assert prompt in json.loads((run / "samples.jsonl").read_text().splitlines()[0])["prompt"][0]["content"] if name != "sft" else "<SOLUTION>" in prompt
+    if name == "sft":  # keeps no samples
+        assert "<SOLUTION>" in prompt
+    else:
+        assert prompt == json.loads((run / "samples.jsonl").read_text().splitlines()[0])["prompt"][0]["content"]
     assert summary["versions"]["transformers"] in body and "$" not in body
 
 
@@ -145,7 +148,8 @@ def test_a_template_less_base_gets_one_and_hub_ids_are_named(tmp_path, monkeypat
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     assert merged("--model", tmp_path / "plain", "--out", tmp_path / "out", "--dtype", "bf16") == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hm?"}], tokenize=False, add_generation_prompt=True) == "User: Hm?\n\nAssistant: "
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hm?"}], tokenize=False, add_generation_prompt=True)
+    assert text == "User: Hm?\n\nAssistant: "
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "Qwen/Qwen3-4B-Base", "group_size": 8, "data": "hub"}))
