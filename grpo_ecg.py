@@ -43,7 +43,7 @@ class Config:
     task: Literal["ecg", "medical_o1"] = "ecg"  # whose rows
     # --- model
     model: str = "meta-llama/Llama-3.2-3B-Instruct" if GPU else "tiny"  # the base: hub id, model folder, or tiny (the built-in model)
-    adapter: str = ""  # LoRA adapter to start from ("" = runs/sft-TASK/model, none = a fresh one)
+    adapter: str = ""  # LoRA adapter to start from ("" = runs/sft-TASK/model, none = a fresh one); a whole model is the base
     lora_r: int = 16  # rank of a fresh adapter
     lora_alpha: int = 32  # its scale: the adapter's product counts alpha / r times
     load_in_4bit: bool = False  # quantise the base through bitsandbytes
@@ -102,7 +102,7 @@ class Config:
 
 
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
-TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-3, ref_every=20, max_completion_length=176, eval_every=20,
+TINY = dict(steps=60, prompts_per_step=16, learning_rate=1.5e-3, ref_every=20, max_completion_length=176, eval_every=20,
             similarity="overlap")
 
 # Weights of the parts of the reward, each part 0 to 1 (see rewards.py); their weighted mean is the reward, -1 without an answer.
@@ -291,13 +291,19 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
     return sums
 
 
-def start_adapter(base, config):
-    """The base with the adapter to train, "default", and a frozen copy of it, "reference", where there is a KL."""
-    folder = config.adapter or f"runs/sft-{config.task}/model"
-    if config.adapter == "none" or not config.adapter and not Path(folder).exists():
+def load_policy(config):
+    """(model, tokenizer, compute dtype): the base with the adapter to train, "default", and a frozen copy of it, "reference", where
+    there is a KL. An SFT folder that holds a whole model (sft.py --lora_r 0) becomes the base, of a fresh adapter.
+    """
+    folder = Path(config.adapter or f"runs/sft-{config.task}/model")
+    known = config.adapter != "none" and (config.adapter or folder.exists())
+    whole = known and (folder / "config.json").exists()
+    base, tokenizer, compute = evaluation.load_model(str(folder) if whole else config.model, config.dtype, load_in_4bit=config.load_in_4bit,
+                                                     attn_implementation=config.attn_implementation)
+    if whole or not known:
         model = evaluation.new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
         print("adapter: a fresh one" + (f" (there is no {folder}; python sft.py --task {config.task} makes one)"
-                                        if not config.adapter else ""))
+                                        if not known and not config.adapter else ""))
     else:
         model = evaluation.read_adapter(base, folder, config.model)
         print(f"adapter: {folder}")
@@ -305,7 +311,7 @@ def start_adapter(base, config):
         model.add_adapter("reference", model.peft_config["default"])
         copy_adapter(model)
     model.set_adapter("default")  # the one that is used, and trained
-    return model.eval()
+    return model.eval(), tokenizer, compute
 
 
 def copy_adapter(model):
@@ -327,9 +333,7 @@ def main(config):
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(evaluation.TASKS[config.task], config)
     evaluation.check_rows(config, train, heldout, counts)
-    base, tokenizer, compute = evaluation.load_model(config.model, config.dtype, load_in_4bit=config.load_in_4bit,
-                                                     attn_implementation=config.attn_implementation)
-    model = start_adapter(base, config)
+    model, tokenizer, compute = load_policy(config)
     config = replace(config, encoder=evaluation.pick_encoder(config.similarity, config.encoder))
     evaluation.check_scorers(config.language_model, config.reward_model)
     print("reward: " + ", ".join(f"{weight:g} {part}" for part, weight in mix(config).items()

@@ -71,6 +71,7 @@ class Config:
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
 TINY = dict(num_epochs=2, batch_size=32, gradient_accumulation_steps=1, learning_rate=3e-3, max_seq_length=2048,
             max_completion_length=64)
+TINY_ECG = dict(lora_r=0, learning_rate=2e-3, max_completion_length=176)  # its words are new to the model: embeddings must learn too
 PANELS = [("Loss", "nats per token", {"training": "loss", "validation": "eval_loss"}), ("Accuracy", "share correct", {}),
           ("Learning rate", "", {"rate": "learning_rate"})]
 
@@ -228,9 +229,10 @@ def parse(arguments=None):
     """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
     config = tyro.cli(Config, args=arguments, use_underscores=True, description=__doc__)
     if config.model == "tiny":
-        usual, tiny = config, replace(Config(), **TINY)
+        own = TINY | TINY_ECG if config.task == "ecg" else TINY
+        usual, tiny = config, replace(Config(), **own)
         config = tyro.cli(Config, args=arguments, use_underscores=True, default=tiny)
-        changed = [f"{key} {getattr(config, key)}" for key in TINY if getattr(config, key) != getattr(usual, key)]
+        changed = [f"{key} {getattr(config, key)}" for key in own if getattr(config, key) != getattr(usual, key)]
         print(f"{'' if GPU else 'no GPU: '}the built-in tiny model{' and questions' if config.data == 'builtin' else ''}; "
               f"settings for it: {', '.join(changed)}")
     return config

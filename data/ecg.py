@@ -157,19 +157,19 @@ def target(reasoning, answer):
 # === built-in items: measurements and their reading ===================================================================
 # Textbook limits: rate 60 to 100 a minute, PR 120 to 200 ms, QRS below 120 ms, axis -30 to +90 degrees (Surawicz et al. 2009,
 # doi:10.1161/CIRCULATIONAHA.108.191095); QTc below 450 ms in men and 460 in women (Rautaharju et al. 2009,
-# doi:10.1161/CIRCULATIONAHA.108.191096).
+# doi:10.1161/CIRCULATIONAHA.108.191096). Measurements stand clear of the limits.
 
 
 def builtin_ecg(generator):
-    """One invented ECG as a dict of its measurements, drawn with a random.Random. Every measurement is abnormal in a third."""
+    """One invented ECG as a dict of its measurements, drawn with a random.Random. Each measurement is abnormal in a third."""
     def pick(normal, *abnormal):
         low, high, step = normal if generator.random() < 2 / 3 else generator.choice(abnormal)
         return generator.randrange(low, high, step)
-    fibrillation, qrs = generator.random() < 0.15, pick((76, 112, 4), (124, 172, 4))
+    fibrillation, qrs = generator.random() < 0.15, pick((76, 110, 2), (124, 170, 2))
     return {"sex": generator.choice(("man", "woman")), "age": generator.randint(25, 89), "fibrillation": fibrillation,
-            "rate": pick((60, 101, 1), (38, 60, 1), (101, 150, 1)), "pr": None if fibrillation else pick((120, 201, 4), (204, 320, 4)),
+            "rate": pick((62, 98, 1), (38, 58, 1), (104, 150, 1)), "pr": None if fibrillation else pick((124, 196, 4), (212, 320, 4)),
             "qrs": qrs, "block": generator.choice(("right", "left")) if qrs >= 120 else "",
-            "qtc": pick((380, 450, 2), (450, 460, 2), (462, 540, 2)), "axis": pick((-28, 90, 2), (-80, -32, 2), (92, 150, 2)),
+            "qtc": pick((382, 440, 2), (470, 560, 2)), "axis": pick((0, 84, 2), (-80, -34, 2), (100, 150, 2)),
             "st": generator.choices(("", "inferior", "anterior", "depression"), (6, 1, 1, 1))[0],
             "t": generator.choices(("", "inverted", "peaked"), (4, 1, 1))[0]}
 
@@ -178,46 +178,38 @@ def ecg_question(e):
     """The measurements, as the question gives them."""
     st = {"": "isoelectric", "inferior": "2 mm up in II, III, aVF", "anterior": "2 mm up in V1 to V4", "depression": "1 mm down in V5, V6"}
     t = {"": "upright", "inverted": "negative in V2 to V5", "peaked": "tall and pointed in V2 to V4"}
-    rhythm = "irregular, no P waves" if e["fibrillation"] else f"regular, P before each QRS, PR {e['pr']} ms"
+    rhythm = "no P waves, irregular" if e["fibrillation"] else f"P before each QRS, PR {e['pr']} ms"
     shape = {"": "", "right": ", rSR' in V1", "left": ", broad R in V6"}[e["block"]]
     return (f"ECG of a {e['sex']} of {e['age']}: rate {e['rate']}, {rhythm}, QRS {e['qrs']} ms{shape}, QTc {e['qtc']} ms, "
             f"axis {e['axis']}, ST {st[e['st']]}, T {t[e['t']]}. What does it show?")
 
 
 def ecg_reading(e, careful=True):
-    """(reasoning, findings): what an annotator writes, line by line. The careless one does not look at PR, QTc and axis."""
-    lines, findings = [], []
-
-    def look(text, verdict, finding=""):
-        lines.append(f"{text}: {verdict}")
-        findings.extend([finding] if finding else [])
+    """(reasoning, findings): what an annotator writes, line by line. The careless one takes PR, QTc and axis for normal, unread."""
     rate = "slow" if e["rate"] < 60 else "fast" if e["rate"] > 100 else "normal"
-    if e["fibrillation"]:
-        look("no P waves", "fibrillation", "atrial fibrillation")
-    else:
-        look(f"rate {e['rate']}", rate, {"slow": "sinus bradycardia", "fast": "sinus tachycardia", "normal": "normal sinus rhythm"}[rate])
-        if careful:
-            look(f"PR {e['pr']}", "long" if e["pr"] > 200 else "normal", "first-degree AV block" * (e["pr"] > 200))
-    look(f"QRS {e['qrs']}", "wide" if e["block"] else "narrow", f"{e['block']} bundle branch block" * bool(e["block"]))
-    if careful:
-        long = e["qtc"] >= (450 if e["sex"] == "man" else 460)
-        look(f"QTc {e['qtc']} {e['sex']}", "long" if long else "normal", "prolonged QT interval" * long)
-        side = "left" if e["axis"] < -30 else "right" if e["axis"] > 90 else ""
-        look(f"axis {e['axis']}", side or "normal", f"{side} axis deviation" * bool(side))
-    look("ST", {"": "level", "depression": "down"}.get(e["st"], "up"),
-         {"": "", "depression": "ST depression"}.get(e["st"], f"{e['st']} ST elevation"))
-    look("T", e["t"] or "upright", {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[e["t"]])
-    return "\n".join(lines), findings
+    rhythm = {"slow": "sinus bradycardia", "fast": "sinus tachycardia", "normal": "normal sinus rhythm"}[rate]
+    block, st, t = e["block"], e["st"], e["t"]
+    long_pr = careful and not e["fibrillation"] and e["pr"] > 200
+    long_qt = careful and e["qtc"] >= (450 if e["sex"] == "man" else 460)
+    side = "left" if careful and e["axis"] < -30 else "right" if careful and e["axis"] > 90 else ""
+    lines = [("rate", rate, "atrial fibrillation" if e["fibrillation"] else rhythm),
+             ("PR", "none" if e["fibrillation"] else "long" if long_pr else "normal", "first-degree AV block" * long_pr),
+             ("QRS", f"wide, {block}" if block else "normal", f"{block} bundle branch block" * bool(block)),
+             ("QTc", "long" if long_qt else "normal", "prolonged QT interval" * long_qt),
+             ("axis", side or "normal", f"{side} axis deviation" * bool(side)),
+             ("ST", {"": "normal", "depression": "down"}.get(st, f"up, {st}"), {"": "", "depression": "ST depression"}.get(st, f"{st} ST elevation")),
+             ("T", t or "normal", {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[t])]
+    return "\n".join(f"{what}: {verdict}" for what, verdict, _ in lines), [finding for *_, finding in lines if finding]
 
 
 def builtin_rows(n, system_prompt="", seed=0):
-    """(train, heldout), half each, of n ECGs. Training targets are by a careless annotator (60%) or a careful one; ground truth and
+    """(train, heldout), half each, of n ECGs. Training targets are by a careless annotator (55%) or a careful one; ground truth and
     held-out targets are the careful reading.
     """
     generator, sides, seen = random.Random(seed), ([], []), set()
     while len(seen) < n:
         e = builtin_ecg(generator)
-        question, careless = ecg_question(e), generator.random() < 0.6
+        question, careless = ecg_question(e), generator.random() < 0.55
         if question in seen:
             continue
         seen.add(question)

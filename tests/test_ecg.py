@@ -140,7 +140,7 @@ def test_builtin_readings_follow_the_textbook():
         assert ("left axis" in said) == (numbers["axis"] < -30) and ("right axis" in said) == (numbers["axis"] > 90)
         assert rewards.compute_score("ecg_expert_qa", ecg.target("x", row["ground_truth"]), row["ground_truth"], row["extra"])["score"] == pytest.approx(1)
         assert all(rewards.key_findings(finding) for finding in row["extra"]["findings"])
-    assert 0.5 < sum(row["extra"]["annotator"] == "careless" for row in train) / len(train) < 0.65
+    assert 0.3 < sum(row["extra"]["annotator"] == "careless" for row in train) / len(train) < 0.5  # 55% of those where it shows
 
 
 def test_medical_o1_forms(tmp_path):
