@@ -102,7 +102,7 @@ class Config:
 
 
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
-TINY = dict(steps=60, prompts_per_step=16, learning_rate=1.5e-3, ref_every=20, max_completion_length=176, eval_every=20,
+TINY = dict(steps=80, prompts_per_step=16, learning_rate=1.5e-3, ref_every=20, max_completion_length=112, eval_every=40,
             similarity="overlap")
 
 # Weights of the parts of the reward, each part 0 to 1 (see rewards.py); their weighted mean is the reward, -1 without an answer.

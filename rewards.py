@@ -691,7 +691,7 @@ class Train:
     base: str = "tiny"  # model to start from: tiny (the built-in one), a folder, or a hub id
     out: str = "runs/reward-model"  # folder to write
     lora_r: int = 0  # rank of a LoRA adapter (0 = train all weights)
-    num_epochs: int = 3  # passes over the rows; each makes other pairs
+    num_epochs: int = 1  # passes over the rows; each makes other pairs
     batch_size: int = 16  # questions in a step; a pair of each kind for every one
     learning_rate: float = 5e-4  # peak of AdamW's (5e-4 suits the built-in model; 1e-5 all weights of a real one, 1e-4 LoRA)
     max_length: int = 512  # tokens of question and answer

@@ -71,7 +71,8 @@ class Config:
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
 TINY = dict(num_epochs=2, batch_size=32, gradient_accumulation_steps=1, learning_rate=3e-3, max_seq_length=2048,
             max_completion_length=64)
-TINY_ECG = dict(lora_r=0, learning_rate=2e-3, max_completion_length=176)  # its words are new to the model: embeddings must learn too
+TINY_ECG = dict(lora_r=0, num_epochs=3, batch_size=16, learning_rate=2e-3,
+                max_completion_length=112)  # its words are new to the model: embeddings must learn too
 PANELS = [("Loss", "nats per token", {"training": "loss", "validation": "eval_loss"}), ("Accuracy", "share correct", {}),
           ("Learning rate", "", {"rate": "learning_rate"})]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from data import InputError, check_row, normalized, question_hash, read_records, set_system_prompt, text_field
 
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
-SYSTEM_PROMPT = """Answer the question about an ECG. First reason, then answer in one or two sentences (a yes/no question with Yes or No first), in this form:
+SYSTEM_PROMPT = """Answer the ECG question (a yes/no question with Yes or No first) in this form:
 <reasoning>
 ...
 </reasoning>
@@ -166,8 +166,8 @@ def builtin_ecg(generator):
         low, high, step = normal if generator.random() < 2 / 3 else generator.choice(abnormal)
         return generator.randrange(low, high, step)
     fibrillation, qrs = generator.random() < 0.15, pick((76, 110, 2), (124, 170, 2))
-    return {"sex": generator.choice(("man", "woman")), "age": generator.randint(25, 89), "fibrillation": fibrillation,
-            "rate": pick((62, 98, 1), (38, 58, 1), (104, 150, 1)), "pr": None if fibrillation else pick((124, 196, 4), (212, 320, 4)),
+    return {"fibrillation": fibrillation, "rate": pick((62, 98, 1), (38, 58, 1), (104, 150, 1)),
+            "pr": None if fibrillation else pick((124, 196, 4), (212, 320, 4)),
             "qrs": qrs, "block": generator.choice(("right", "left")) if qrs >= 120 else "",
             "qtc": pick((382, 440, 2), (470, 560, 2)), "axis": pick((0, 84, 2), (-80, -34, 2), (100, 150, 2)),
             "st": generator.choices(("", "inferior", "anterior", "depression"), (6, 1, 1, 1))[0],
@@ -178,27 +178,27 @@ def ecg_question(e):
     """The measurements, as the question gives them."""
     st = {"": "isoelectric", "inferior": "2 mm up in II, III, aVF", "anterior": "2 mm up in V1 to V4", "depression": "1 mm down in V5, V6"}
     t = {"": "upright", "inverted": "negative in V2 to V5", "peaked": "tall and pointed in V2 to V4"}
-    rhythm = "no P waves, irregular" if e["fibrillation"] else f"P before each QRS, PR {e['pr']} ms"
+    rhythm = "no P waves, irregular" if e["fibrillation"] else f"PR {e['pr']} ms"
     shape = {"": "", "right": ", rSR' in V1", "left": ", broad R in V6"}[e["block"]]
-    return (f"ECG of a {e['sex']} of {e['age']}: rate {e['rate']}, {rhythm}, QRS {e['qrs']} ms{shape}, QTc {e['qtc']} ms, "
-            f"axis {e['axis']}, ST {st[e['st']]}, T {t[e['t']]}. What does it show?")
+    return (f"ECG: rate {e['rate']}, {rhythm}, QRS {e['qrs']} ms{shape}, QTc {e['qtc']} ms, axis {e['axis']}, ST {st[e['st']]}, "
+            f"T {t[e['t']]}. What does it show?")
 
 
 def ecg_reading(e, careful=True):
     """(reasoning, findings): what an annotator writes, line by line. The careless one takes PR, QTc and axis for normal, unread."""
-    rate = "slow" if e["rate"] < 60 else "fast" if e["rate"] > 100 else "normal"
-    rhythm = {"slow": "sinus bradycardia", "fast": "sinus tachycardia", "normal": "normal sinus rhythm"}[rate]
+    rate = "low" if e["rate"] < 60 else "high" if e["rate"] > 100 else "usual"
+    rhythm = {"low": "sinus bradycardia", "high": "sinus tachycardia", "usual": "normal sinus rhythm"}[rate]
     block, st, t = e["block"], e["st"], e["t"]
     long_pr = careful and not e["fibrillation"] and e["pr"] > 200
-    long_qt = careful and e["qtc"] >= (450 if e["sex"] == "man" else 460)
+    long_qt = careful and e["qtc"] >= 460
     side = "left" if careful and e["axis"] < -30 else "right" if careful and e["axis"] > 90 else ""
     lines = [("rate", rate, "atrial fibrillation" if e["fibrillation"] else rhythm),
-             ("PR", "none" if e["fibrillation"] else "long" if long_pr else "normal", "first-degree AV block" * long_pr),
-             ("QRS", f"wide, {block}" if block else "normal", f"{block} bundle branch block" * bool(block)),
-             ("QTc", "long" if long_qt else "normal", "prolonged QT interval" * long_qt),
-             ("axis", side or "normal", f"{side} axis deviation" * bool(side)),
-             ("ST", {"": "normal", "depression": "down"}.get(st, f"up, {st}"), {"": "", "depression": "ST depression"}.get(st, f"{st} ST elevation")),
-             ("T", t or "normal", {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[t])]
+             ("PR", "no" if e["fibrillation"] else "high" if long_pr else "usual", "first-degree AV block" * long_pr),
+             ("QRS", f"high, {block}" if block else "usual", f"{block} bundle branch block" * bool(block)),
+             ("QTc", "high" if long_qt else "usual", "prolonged QT interval" * long_qt),
+             ("axis", side or "usual", f"{side} axis deviation" * bool(side)),
+             ("ST", {"": "usual", "depression": "lower"}.get(st, f"higher, {st}"), {"": "", "depression": "ST depression"}.get(st, f"{st} ST elevation")),
+             ("T", {"": "usual", "inverted": "lower", "peaked": "higher"}[t], {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[t])]
     return "\n".join(f"{what}: {verdict}" for what, verdict, _ in lines), [finding for *_, finding in lines if finding]
 
 

@@ -136,7 +136,7 @@ def test_builtin_readings_follow_the_textbook():
         assert ("tachycardia" in said) == (numbers["rate"] > 100 and not fibrillation)
         assert ("first-degree" in said) == (numbers.get("PR", 0) > 200)
         assert ("bundle branch" in said) == (numbers["QRS"] >= 120)
-        assert ("prolonged qt" in said) == (numbers["QTc"] >= (450 if " man " in question else 460))
+        assert ("prolonged qt" in said) == (numbers["QTc"] >= 460) and not 445 < numbers["QTc"] < 465  # clear of both sexes' limits
         assert ("left axis" in said) == (numbers["axis"] < -30) and ("right axis" in said) == (numbers["axis"] > 90)
         assert rewards.compute_score("ecg_expert_qa", ecg.target("x", row["ground_truth"]), row["ground_truth"], row["extra"])["score"] == pytest.approx(1)
         assert all(rewards.key_findings(finding) for finding in row["extra"]["findings"])

@@ -51,7 +51,8 @@ def test_there_are_commands():
 def test_every_command_names_a_script_and_flags_that_exist(arguments, capsys):
     key = next((key for key in sorted(CONFIGS, key=len, reverse=True) if tuple(arguments[:len(key)]) == key), None)
     if key and "--help" not in arguments:
-        tyro.cli(CONFIGS[key], args=arguments[len(key):], use_underscores=True)  # exits on an unknown flag or value
+        style = (tyro.conf.PositionalRequiredArgs,) if key[0] == "rewards.py" else ()
+        tyro.cli(CONFIGS[key], args=arguments[len(key):], use_underscores=True, config=style)  # exits on an unknown flag or value
     elif arguments[0] == "-m" and not arguments[1].startswith("data."):
         assert arguments[1] in ("pytest", "venv", "verl.trainer.main_ppo")
     elif not key:
