@@ -178,7 +178,7 @@ def main(config):
     print("before:", evaluation.describe(evaluation.summarize(before)))
 
     # --- training
-    bar = tqdm(range(step + 1, steps + 1), "train", steps, initial=step, unit="step", disable=None)
+    bar = tqdm(run.steps(step + 1, steps), "train", steps, initial=step, unit="step", disable=None)
     order, ordered = [], -1  # the batches of an epoch, and of which
     for step in bar:
         clock, (epoch, place) = time.time(), divmod(step - 1, an_epoch)
@@ -188,19 +188,23 @@ def main(config):
         num_tokens = sum(len(completion) for part in parts for _, completion in part)
         loss = 0.0
         for part in parts:
-            nll, _ = completion_nll(model, part, compute)
-            scaler.scale(nll / num_tokens).backward()
+            with evaluation.memory_advice(f"in training on {len(part)} rows at once: lower --batch_size and raise "
+                                          "--gradient_accumulation_steps, or lower --max_seq_length"):
+                nll, _ = completion_nll(model, part, compute)
+                scaler.scale(nll / num_tokens).backward()
             loss += nll.item() / num_tokens
         rate = config.learning_rate * min(1, step / max(1, steps / 20), (steps + 1 - step) / max(1, steps * 0.95))
         optimizer.param_groups[0]["lr"] = rate
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-        scaler.step(optimizer)
+        batch = [{"prompt_ids": prompt, "completion_ids": completion} for part in parts for prompt, completion in part]
+        if run.sound(step, {"loss": loss, "gradient": grad_norm}, batch, scaler):  # else the update is skipped
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        metrics = {"step": step, "epoch": step / an_epoch, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate,
-                   "num_tokens": num_tokens, "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
+        metrics = {"step": step, "epoch": step / an_epoch, "loss": loss, "grad_norm": grad_norm, "skipped_updates": run.skipped[step],
+                   "learning_rate": rate, "num_tokens": num_tokens, "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
         if config.eval_every and step % config.eval_every == 0 or step == steps:
             metrics["eval_loss"] = validation_loss()
         if config.eval_every and step % config.eval_every == 0 and step < steps:
