@@ -118,11 +118,19 @@ def kill_and_resume(script, folder, kills, generator):
 
     Returns (kills, of these inside a checkpoint write).
     """
+    def writing():
+        """Whether the process is writing, or was, a checkpoint; not what an earlier kill left."""
+        try:
+            return (folder / "checkpoint.new").stat().st_mtime > begin
+        except FileNotFoundError:
+            return False
+
     begun, killed, inside = 0.0, 0, 0
     while killed < kills:
-        process, begin = start(script, folder, "--resume"), time.time()
+        begin = time.time()
+        process = start(script, folder, "--resume")
         if killed % 3 == 1:  # as soon as the new checkpoint is being written
-            while process.poll() is None and not (folder / "checkpoint.new").exists():
+            while process.poll() is None and not writing():
                 time.sleep(0.0002)
         else:  # the first seconds are imports: most kills come after them, in evaluations, steps and between
             moment = generator.uniform(0, 2) if generator.random() < 0.2 else generator.uniform(0, 6)
@@ -138,7 +146,7 @@ def kill_and_resume(script, folder, kills, generator):
             shutil.rmtree(folder)
             continue
         killed += 1
-        inside += (folder / "checkpoint.new").exists()
+        inside += writing()
     process = start(script, folder, "--resume")
     output = process.communicate()[0]
     assert process.returncode == 0, output
