@@ -17,6 +17,7 @@ talks with heads, one after the other under their names; /clear, /system TEXT, /
 import fcntl
 import functools
 import html
+import importlib.metadata
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -45,7 +47,7 @@ import torch
 import transformers
 import tyro
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
@@ -78,6 +80,19 @@ def pick_dtype(dtype, device):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def find_model(name):
+    """(what from_pretrained loads, the adapter folder to put on it or None) of a --model; raises InputError."""
+    folder = Path(__file__).parent / "data" / "tiny" if name == "tiny" else Path(name).expanduser()
+    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~" or folder.exists()):
+        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like ORG/NAME is needed)")
+    source = str(folder) if folder.is_dir() else name
+    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        return adapter_base(folder), source
+    return source, None
+
+
 def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="sdpa", load_in_4bit=False):
     """Loads a model and its tokenizer, in eval mode (dropout off), and prints what was chosen.
 
@@ -88,17 +103,9 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     Raises InputError for whatever cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute = pick_dtype(dtype, device)
-    folder = Path(__file__).parent / "data" / "tiny" if name == "tiny" else Path(name).expanduser()
-    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~" or folder.exists()):
-        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like ORG/NAME is needed)")
-    source, adapter = str(folder) if folder.is_dir() else name, None
-    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)")
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        adapter, source = source, adapter_base(folder)
+    compute, (source, adapter) = pick_dtype(dtype, device), find_model(name)
     options = {"dtype": torch.float32 if fp32_weights else compute, "attn_implementation": attn_implementation,
-               "use_safetensors": True}
+               "use_safetensors": True, "trust_remote_code": False}  # False, not unset, which asks the user
     if load_in_4bit:
         try:
             import bitsandbytes  # noqa: F401  (optional; transformers uses it)
@@ -108,8 +115,8 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True)
         options["device_map"] = {"": device}
     try:
-        has_tokenizer = adapter and (folder / "tokenizer_config.json").exists()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else source)
+        has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
         if adapter:
             from peft import PeftModel
@@ -773,6 +780,110 @@ def report_html(title, heads, rows, paired=()):
         data=json.dumps(data).replace("<", "\\u003c"))
 
 
+# === doctor: will it fit ==============================================================================================
+
+
+def estimate_memory(config, prompt, question):
+    """Most memory that a run of a script can need, {part: bytes}, from the model's configuration alone; nothing is loaded.
+
+    config: of the script. prompt: tokens of the longest training prompt (of sft: of the longest row); question: of the longest held-out
+    prompt. Completions count with their full --max_completion_length. Raises InputError where there is no such model.
+    """
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_model(config.model)[0], trust_remote_code=False))
+    except InputError:
+        raise
+    except Exception as error:  # what load_model would say
+        raise InputError(hub_message(f"model {config.model}", error, "--model tiny, or --model PATH to a local folder")) from error
+    text, lora_r = model.config.get_text_config(), getattr(config, "lora_r", 0)
+    h, layers, ffn, vocabulary = text.hidden_size, text.num_hidden_layers, text.intermediate_size, text.vocab_size
+    d = getattr(text, "head_dim", None) or h // text.num_attention_heads
+    q, kv = text.num_attention_heads * d, 2 * text.num_key_value_heads * d  # widths of queries, and of keys and values together
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    c = pick_dtype(config.dtype, device).itemsize  # bytes of an activation
+    total, embedding = sum(p.numel() for p in model.parameters()), vocabulary * h
+    trained = sum(lora_r * (m.in_features + m.out_features) for m in model.modules()
+                  if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()) if lora_r else total
+    weights = 4 * total if not lora_r else c * total
+    if getattr(config, "load_in_4bit", False):
+        weights = (total - embedding) * 9 // 16 + c * embedding  # 4 bits, and a scale for every 64 of them
+    parts = {"weights": weights + (4 * trained if lora_r else 0),
+             "reference": (4 * trained if lora_r else weights) if getattr(config, "beta", 0) else 0,
+             "optimizer": 8 * trained}  # Adam's two moments
+    # What autograd keeps of a token in a layer: inputs of the norms, their normalised values and outputs (6h), queries and the attention's
+    # output, once for the scores and once for the projection (3q), keys and values, four widths of the MLP.
+    token = layers * c * (6 * h + 3 * q + kv + 4 * ffn)
+    if hasattr(config, "group_size"):
+        group = config.completions_per_forward or config.group_size
+        new, rows = group * config.max_completion_length, config.prompts_per_step * config.group_size
+        with_graph = prompt + new
+        copies = layers * c * kv * group * prompt  # of the prompt's keys and values, one a completion
+        sampled = (config.prompts_per_step, rows, prompt)
+    else:
+        with_graph, new, copies, sampled = config.batch_size * prompt, config.batch_size * prompt, 0, (0, 0, 0)
+    update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
+              "activations": with_graph * token + copies + 4 * new * h,
+              "logits": 2 * 4 * new * min(vocabulary, BLOCK)}  # the two blocks of ChosenLogps
+
+    def sampling(prompts, rows, longest):
+        context = longest + config.max_completion_length
+        return {"key-value cache": layers * c * kv * (prompts * longest + rows * config.max_completion_length),
+                "logits": 3 * 4 * rows * vocabulary,  # logits, probabilities, their cumulative sums
+                "activations": max(prompts * longest * (4 * h + q + kv + 3 * ffn) * c, 3 * 4 * rows * text.num_attention_heads * context)}
+
+    evaluation = (config.eval_batch_size, config.eval_batch_size, question)
+    parts |= max(update, sampling(*sampled), sampling(*evaluation), key=lambda phase: sum(phase.values()))
+    return parts
+
+
+def free_memory():
+    """Bytes that the device has left: of the GPU, or of the machine within the limit of its control group."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    free = [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # v2, v1
+        try:
+            free.append(int((Path("/sys/fs/cgroup") / limit).read_text()) - int((Path("/sys/fs/cgroup") / used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such file, or "max": no limit
+    return min(free)
+
+
+def doctor(config, train, heldout):
+    """The first thing that a script says: whether model and settings will probably fit into memory and onto the disk, and whether the
+    libraries are those that it was tested with. Warns, never refuses. Rows are not tokenized yet: three characters count as a token.
+    Returns the bytes that the process holds so far.
+    """
+    limit = getattr(config, "max_prompt_length", 0) or config.max_seq_length
+    prompt, question = (min(limit, max(sum(len(m["content"]) for m in row["prompt"]) + len(row["target"]) * (rows is train and not hasattr(
+        config, "group_size")) for row in rows) // 3) for rows in (train, heldout[:config.eval_size]))
+    parts = estimate_memory(config, prompt, question)
+    needed, free = sum(parts.values()), free_memory()
+    checkpoint = parts["optimizer"] * 3 // 2 + parts["reference"]
+    place = next(path for path in (Path(config.out or "runs").absolute(), *Path(config.out or "runs").absolute().parents) if path.is_dir())
+    room = shutil.disk_usage(place).free
+    print(f"doctor: about {needed / 1e9:.2g} GB of memory needed at most ({described_memory(parts)}), {free / 1e9:.3g} GB free; a checkpoint "
+          f"takes {checkpoint / 1e9:.2g} GB of {room / 1e9:.3g} GB on the disk")
+    if needed > free:
+        lower = "--completions_per_forward 1, a lower --prompts_per_step, --group_size or" if hasattr(config, "group_size") else "a lower --batch_size or"
+        print(f"WARNING: this will probably not fit into memory: try {lower} --eval_batch_size, or a smaller --model")
+    if 2 * checkpoint + parts["weights"] > room:  # the old checkpoint is kept while the new one is written
+        print(f"WARNING: {place} will probably be full before the run ends: take another --out, or make room")
+    wanted = dict(line.split("==") for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#")
+    for name in ("torch", "transformers", "peft"):
+        found = importlib.metadata.version(name).partition("+")[0]
+        if found != wanted[name]:
+            print(f"WARNING: {name} {found} is installed, tested was {wanted[name]} (requirements.txt)")
+    # what the process holds before anything is loaded: Python, torch, the libraries, the rows; on a GPU tensors alone are counted
+    return 0 if torch.cuda.is_available() else int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def described_memory(parts):
+    """The parts of estimate_memory for the console, the largest first."""
+    return ", ".join(f"{name} {size / 1e9:.2g}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size)
+
+
 # === the run folder ===================================================================================================
 
 GRPO_PANELS = [
@@ -794,7 +905,8 @@ class Run:
         """config: the script's dataclass. Raises InputError where the folder holds another run, or another configuration."""
         if config.resume and not config.out:
             raise InputError("--resume needs --out DIR: the folder of the run to continue")
-        self.folder = Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        self.rehearsal = tempfile.TemporaryDirectory() if config.dry_run else None  # gone when the process ends
+        self.folder = Path(self.rehearsal.name) if config.dry_run else Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         self.script, self.lock, self.signal, self.wandb, self.finished, self.warned = script, None, None, None, False, False
         self.in_steps, self.saved = False, 0  # between the first step and the last; the last step in checkpoint/
         self.skipped, self.bad_step, self.in_a_row = Counter(), None, 0  # updates a step; the last step that had one
@@ -821,6 +933,7 @@ class Run:
                                  "of the launch")
             self.finished = (self.folder / "summary.json").exists()
         self.config, self.launched = asdict(config), before if text else asdict(config)
+        self.config |= {"resume": False, "wandb": "disabled"} if config.dry_run else {}
         self.schedule_steps = self.launched.get("steps")  # of the learning rate: fixed at launch
 
     def open(self):
@@ -884,6 +997,8 @@ class Run:
             file.write(json.dumps(record) + "\n")
         if self.wandb and name == "metrics":
             self.wandb.log(record, step=record["step"])
+        if self.rehearsal and name == "metrics" and record["step"] == 2:  # the first one warmed up
+            self.end_rehearsal(record)
 
     def report(self, bar, metrics, group):
         """One step: metrics.jsonl and the bar always; now and then a line, samples.jsonl, and a completion to read."""
@@ -1003,6 +1118,33 @@ class Run:
                         break  # half a last line, written when the run was killed
                 self.write_records(name, [record for record in records if state and record["step"] <= state["step"]])
         return state
+
+    # --- dry run
+
+    def rehearse(self, config, train, heldout, libraries):
+        """For --dry_run: the longest rows of a step, and a batch of the evaluation; two steps will be made. Estimates the memory.
+
+        train: (row, prompt_ids), of sft (prompt_ids, completion_ids). libraries: what doctor returned.
+        """
+        grpo = hasattr(config, "group_size")
+        length = (lambda item: len(item[1])) if grpo else lambda item: sum(map(len, item))
+        a_step = config.prompts_per_step if grpo else config.batch_size * config.gradient_accumulation_steps
+        train = sorted(train, key=length, reverse=True)[:a_step]
+        heldout = sorted(heldout, key=lambda item: len(item[1]), reverse=True)[:config.eval_batch_size]
+        self.estimate = estimate_memory(config, length(train[0]), len(heldout[0][1])) | {"libraries": libraries}
+        config.eval_every = 0
+        setattr(config, "steps" if hasattr(config, "steps") else "num_epochs", 3)
+        return train, heldout
+
+    def end_rehearsal(self, record):
+        """Says what the second step of a dry run took, and ends the process."""
+        seconds, peak, estimate = record.get("generate_seconds", 0) + record["update_seconds"], record["peak_memory_gb"], sum(self.estimate.values())
+        steps = f"; {self.config['steps']} steps take about {seconds * self.config['steps'] / 60:.1f} minutes, evaluations aside" * ("steps" in self.config)
+        print(f"dry run: a step with the longest prompts took {seconds:.2f} s{steps}")
+        print(f"dry run: memory {peak:.2f} GB at the peak, {estimate / 1e9:.2f} GB estimated ({described_memory(self.estimate)})")
+        self.close()
+        self.rehearsal.cleanup()
+        sys.exit(0)
 
     # --- guards: a step that goes wrong
 

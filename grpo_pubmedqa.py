@@ -81,6 +81,7 @@ class Config:
     # --- run
     out: str = ""  # folder of the run (default: runs/grpo_pubmedqa-<time>)
     resume: bool = False  # continue the run in --out from its checkpoint
+    dry_run: bool = False  # only say how much memory and how long a step takes, after one; leaves no folder
     save_every: int = 50  # steps between checkpoints (0 = only when stopped)
     seed: int = 0  # of sampling and of the order of the questions
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # also log to Weights & Biases
@@ -277,10 +278,13 @@ def main(config):
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(pubmedqa, config)
     evaluation.check_rows(config, train, heldout, counts)
+    libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
     model, tokenizer, compute = evaluation.load_model(config.model, config.dtype, fp32_weights=True,
                                                       attn_implementation=config.attn_implementation)
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
+    if config.dry_run:
+        train, heldout = run.rehearse(config, train, heldout, libraries)
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)

@@ -62,6 +62,7 @@ class Config:
     # --- run
     out: str = ""  # folder of the run (default: runs/sft-TASK)
     resume: bool = False  # continue the run in --out from its checkpoint
+    dry_run: bool = False  # only say how much memory and how long a step takes, after one; leaves no folder
     save_every: int = 100  # steps between checkpoints (0 = only when stopped)
     seed: int = 0  # of the order of the rows and of the fresh adapter
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # also log to Weights & Biases
@@ -133,11 +134,14 @@ def main(config):
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(evaluation.TASKS[config.task], config)
     evaluation.check_rows(config, train, heldout, counts)
+    libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
     heldout = heldout[:config.eval_size]
     model, tokenizer, compute = evaluation.load_model(config.model, config.dtype, fp32_weights=not config.lora_r,
                                                       attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
     pairs, validation = encode(tokenizer, train, config, "training"), encode(tokenizer, heldout, config, "held-out")
     heldout = evaluation.encode_rows(tokenizer, heldout, config.max_seq_length, "held-out")
+    if config.dry_run:
+        pairs, heldout = run.rehearse(config, pairs, heldout, libraries)
     if config.lora_r:
         model = evaluation.new_adapter(model, config.lora_r, config.lora_alpha, config.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
