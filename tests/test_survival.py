@@ -453,3 +453,84 @@ def test_an_unreadable_data_file(tmp_path, capsys):
     for file, words in (("/proc/self/mem", "cannot be read"), (tmp_path / "bytes.json", "not UTF-8")):
         assert launch(grpo_pubmedqa, *GRPO, "--data", file, "--out", tmp_path / "run") == 2
         assert words in one_line(capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+# === fed rubbish ========================================================================================================
+
+ROWS = {"pubmedqa": ("yes", {"question": "Does it help?"}),
+        "medmcqa": ("B", {"question": "Which one?", "options": ["aspirin", "iron", "vitamin C", "none of these"], "explanation": "Iron, as in anaemia."}),
+        "ecg_expert_qa": ("Sinus bradycardia, no ST elevation, PR 220 ms.", {"question": "Rate 50, PR 220 ms?"}),
+        "medical_o1": ("Yes, 3 mg a day for 2 weeks.", {"question": "How much?", "verdict": "yes"})}
+RANGES = {"pubmedqa": (0, 2.8), "medmcqa": (0, 1.6), "ecg_expert_qa": (-1, 1), "medical_o1": (-1, 1)}
+sources = pytest.mark.parametrize("source", ROWS)
+# any text at all, lone surrogates included, mixed with what the parsers look for
+anything = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Z", "C"]), max_size=40)
+pieces = st.sampled_from([*{tag for tags in rewards.TAGS.values() for tag in tags}, "yes", "no", "maybe", "A", "(b).", "iron", "no ST elevation", "PR 220 ms",
+                          "1,5", "-3.5 mg", "²", "٣", "İ", "\u0301", "\x1b[31m", "\u2028", "not", ". ", "\n", "ﬁ", "9" * 30])
+texts = st.lists(st.one_of(pieces, pieces, anything), max_size=12).map("".join)
+PROPERTY = settings(max_examples=2500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def check_score(source, result):
+    low, high = RANGES[source]
+    assert isinstance(result["score"], float) and math.isfinite(result["score"]) and low - 1e-9 <= result["score"] <= high + 1e-9
+    assert result["accuracy"] in (0.0, 1.0) and result["format_ok"] in (0.0, 1.0) and isinstance(result["answer"], str)
+    for part in ("findings", "tokens", "similarity", "format", "brevity", "correctness"):
+        assert 0 <= result.get(part, 0) <= (2.0 if part == "correctness" else 1.0) + 1e-9
+
+
+@sources
+@PROPERTY
+@given(st.lists(texts, min_size=1, max_size=3))
+def test_any_text_has_a_finite_score_that_its_batch_does_not_change(source, batch):
+    truth, extra = ROWS[source]
+    alone = [rewards.compute_score(source, text, truth, extra) for text in batch]
+    for result in alone:
+        check_score(source, result)
+    row = {"data_source": source, "ground_truth": truth, "extra": extra}
+    assert evaluation.score_completions(batch[::-1], [row] * len(batch)) == alone[::-1]
+
+
+@sources
+@PROPERTY
+@given(texts, texts, texts)
+def test_any_gold_answer_and_question_too(source, inside, gold, question):
+    first, last, opening, closing = rewards.TAGS[source]
+    extra = {**ROWS[source][1], "question": question, "explanation": gold, "options": [gold, question, inside, ""]}
+    check_score(source, rewards.compute_score(source, f"{first}{question}{last}{opening}{inside}{closing}", gold or "x", extra))
+
+
+@settings(PROPERTY, max_examples=4000)
+@given(texts, texts, texts)
+def test_the_parts_of_the_rewards_take_any_text(one, two, three):
+    for tags in rewards.TAGS.values():
+        assert 0 <= rewards.tags_in_place(one, tags) <= 4
+        assert rewards.parse_answer(one, tags, ("yes", "no")) in ("yes", "no", "")
+        assert rewards.parse_option(one, tags, [two, three]) in ("A", "B", "")
+        assert isinstance(rewards.reasoning_block(one, tags), str)
+    for value in (rewards.overlap(one, two, three), rewards.similarity(one, two, three), rewards.token_f1(one, two, three),
+                  rewards.findings_f1(one, two, three), rewards.length_guard(one, two)):
+        assert value is None or math.isfinite(value) and -1e-9 <= value <= 1 + 1e-9
+    assert rewards.verdict(one) in ("yes", "no", "")
+    printed = evaluation.printable(one)
+    assert "\x1b" not in printed and all(c.isprintable() or c == "\n" for c in printed) and len(printed) == len(one)
+
+
+MEGABYTE = [" ", "\n", "a", "1", "1,", "1.", "-", "-1 ", "é", "\u0301", "no ", "not no ", ". ", "yes. ", "ST elevation ", "no ST elevation, PR 220 ms. ", "<",
+            "<answer>", "</answer>", "<reasoning>", "</reasoning>", "<SOLUTION>", "(((", "\x00", "𝒜", "t wave ", "long pr ", "mg ", "A. ", "word word2 word3 "]
+
+
+@sources
+def test_a_megabyte_is_scored_in_under_a_second(source):
+    truth, extra = ROWS[source]
+    first, last, opening, closing = rewards.TAGS[source]
+    slowest = 0.0
+    for piece in MEGABYTE:
+        filler = (piece * (1_000_000 // len(piece.encode()) + 1))
+        for text in (filler, f"{first}x{last}{opening}{filler}{closing}", f"{first}{filler}{last}{opening}B{closing}"):
+            begin = time.process_time()  # a busy machine is no slow function
+            check_score(source, rewards.compute_score(source, text, truth, extra))
+            spent = time.process_time() - begin
+            assert spent < 1, (piece, spent)
+            slowest = max(slowest, spent)
+    print(f"{source}: {slowest:.2f} s")
