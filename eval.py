@@ -811,20 +811,21 @@ def estimate_memory(config, prompt, question):
     parts = {"weights": weights + (4 * trained if lora_r else 0),
              "reference": (4 * trained if lora_r else weights) if getattr(config, "beta", 0) else 0,
              "optimizer": 8 * trained}  # Adam's two moments
-    # What autograd keeps of a token in a layer: inputs of the norms, their normalised values and outputs (6h), queries and the attention's
-    # output, once for the scores and once for the projection (3q), keys and values, four widths of the MLP.
-    token = layers * c * (6 * h + 3 * q + kv + 4 * ffn)
+    # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms' scaling, and what goes into the
+    # linear layers after them (6h, or 4h where the scaling is frozen); queries and the attention's output (2q); four widths of the
+    # MLP (gate, its activation, up, their product). Two layers' worth more is at work while one is differentiated.
+    token = c * ((4 if lora_r else 6) * h + 2 * q + 4 * ffn)
     if hasattr(config, "group_size"):
-        group = config.completions_per_forward or config.group_size
-        new, rows = group * config.max_completion_length, config.prompts_per_step * config.group_size
-        with_graph = prompt + new
-        copies = layers * c * kv * group * prompt  # of the prompt's keys and values, one a completion
+        group, length = config.completions_per_forward or config.group_size, config.max_completion_length
+        new, rows, context = group * length, config.prompts_per_step * config.group_size, prompt + length
+        # every completion has its own copy of the prompt's keys and values, repeated for all query heads, and a mask of its own
+        activations = (layers + 2) * (prompt * (token + c * kv) + new * token + 2 * c * q * group * context + 4 * new * context)
         sampled = (config.prompts_per_step, rows, prompt)
     else:
-        with_graph, new, copies, sampled = config.batch_size * prompt, config.batch_size * prompt, 0, (0, 0, 0)
+        new, sampled = config.batch_size * prompt, (0, 0, 0)
+        activations = (layers + 2) * new * (token + c * kv)
     update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
-              "activations": with_graph * token + copies + 4 * new * h,
-              "logits": 2 * 4 * new * min(vocabulary, BLOCK)}  # the two blocks of ChosenLogps
+              "activations": activations, "logits": 2 * 4 * new * min(vocabulary, BLOCK)}  # the two blocks of ChosenLogps
 
     def sampling(prompts, rows, longest):
         context = longest + config.max_completion_length
@@ -1139,8 +1140,9 @@ class Run:
     def end_rehearsal(self, record):
         """Says what the second step of a dry run took, and ends the process."""
         seconds, peak, estimate = record.get("generate_seconds", 0) + record["update_seconds"], record["peak_memory_gb"], sum(self.estimate.values())
-        steps = f"; {self.config['steps']} steps take about {seconds * self.config['steps'] / 60:.1f} minutes, evaluations aside" * ("steps" in self.config)
-        print(f"dry run: a step with the longest prompts took {seconds:.2f} s{steps}")
+        steps = self.config.get("steps")  # sft counts epochs
+        whole = f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside" if steps else ""
+        print(f"dry run: a step with the longest prompts took {seconds:.2f} s{whole}")
         print(f"dry run: memory {peak:.2f} GB at the peak, {estimate / 1e9:.2f} GB estimated ({described_memory(self.estimate)})")
         self.close()
         self.rehearsal.cleanup()

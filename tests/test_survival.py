@@ -534,3 +534,85 @@ def test_a_megabyte_is_scored_in_under_a_second(source):
             assert spent < 1, (piece, spent)
             slowest = max(slowest, spent)
     print(f"{source}: {slowest:.2f} s")
+
+
+# === doctor and dry run =================================================================================================
+
+
+def dry_run(script, folder, *flags):
+    """(peak, estimate) in GB that --dry_run says, from a process of its own."""
+    done = subprocess.run([sys.executable, str(ROOT / f"{script.__name__}.py"), "--data", "builtin", *map(str, flags), "--dry_run"], cwd=folder,
+                          capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.iterdir())  # no run folder, and nothing in the temporary one
+    assert done.stdout.count("doctor: ") == 1 and "a step with the longest prompts took" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("dry run: memory"))
+    return float(line.split()[3]), float(line.split(", ")[1].split()[0])
+
+
+@scripts
+def test_dry_run_leaves_nothing(script, tmp_path):
+    flags = [flag for flag in RUNS[script] if flag not in ("--data", "builtin")]
+    peak, estimate = dry_run(script, tmp_path, *flags, "--out", tmp_path / "run")
+    assert 0.2 < estimate < 2 * peak < 4
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.parametrize("h, layers, vocabulary", [(256, 2, 8000), (512, 3, 16000)])
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(h, layers, vocabulary, tmp_path, monkeypatch):
+    import conftest
+    from transformers import Qwen2Config
+    shape = Qwen2Config(hidden_size=h, intermediate_size=4352, num_hidden_layers=layers, num_attention_heads=h // 64, num_key_value_heads=h // 256,
+                        max_position_embeddings=4096, tie_word_embeddings=True)
+    monkeypatch.setitem(conftest.FAMILIES, "qwen2", (conftest.FAMILIES["qwen2"][0], shape, *conftest.FAMILIES["qwen2"][2:]))
+    model = save_family("qwen2", tmp_path / "model", vocab_size=vocabulary)
+    (tmp_path / "empty").mkdir()
+    peak, estimate = dry_run(grpo_pubmedqa, tmp_path / "empty", "--model", model, "--prompts_per_step", 1, "--group_size", 16, "--eval_size", 2,
+                             "--max_completion_length", 128, "--eval_batch_size", 2)
+    print(f"peak {peak}, estimated {estimate}")
+    assert abs(estimate / peak - 1) < 0.15
+
+
+def test_the_doctor_warns_and_takes_no_time(capsys, monkeypatch, tmp_path):
+    config = grpo_pubmedqa.Config(model="tiny", data="builtin", out=str(tmp_path / "not" / "yet"))
+    train, heldout, _ = evaluation.load_task(evaluation.pubmedqa, config)
+    evaluation.doctor(config, train, heldout)
+    capsys.readouterr()
+    begin = time.process_time()
+    evaluation.doctor(config, train, heldout)
+    assert time.process_time() - begin < 1
+    said = capsys.readouterr().out
+    assert said.startswith("doctor: about ") and said.count("\n") == 1 and "GB free" in said
+    monkeypatch.setattr(evaluation, "free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(evaluation.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(evaluation.importlib.metadata, "version", lambda name: "0.1+cpu")
+    evaluation.doctor(config, train, heldout)
+    said = capsys.readouterr().out
+    assert "--completions_per_forward 1" in said and "will probably be full" in said and "torch 0.1 is installed" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_code_of_a_model_is_run_and_nobody_is_asked(tmp_path, capsys):
+    folder = save_family("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert launch(grpo_pubmedqa, *GRPO, "--model", folder, "--out", tmp_path / "run") == 2
+    assert "could not be loaded" in one_line(capsys.readouterr().err) and not (tmp_path / "ran").exists()
+
+
+def test_paths_in_a_data_file_are_not_opened_and_escapes_not_printed(tmp_path, capsys):
+    (tmp_path / "bait").write_text("SECRET")
+    rows = [{"question": f"{tmp_path / 'bait'} \x1b[31m{i}?", "context": f"file://{tmp_path / 'bait'}", "ground_truth": ("yes", "no")[i % 2]} for i in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "bait").chmod(0)
+    before = (tmp_path / "bait").stat().st_atime_ns
+    assert launch(grpo_pubmedqa, *GRPO, "--data", tmp_path / "rows.json", "--out", tmp_path / "run") == 0
+    output = capsys.readouterr()
+    assert "\x1b[31m" not in output.out + output.err and str(tmp_path / "bait") in output.out
+    assert (tmp_path / "bait").stat().st_atime_ns == before
+    assert not any(b"SECRET" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    rows[3] = {"question": "\x1b[2J", "context": "c", "\x1b[31mlabel": "yes"}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert launch(grpo_pubmedqa, *GRPO, "--data", tmp_path / "rows.json", "--out", tmp_path / "bad") == 2
+    assert "\x1b" not in one_line(capsys.readouterr().err)
