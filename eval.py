@@ -813,17 +813,17 @@ def estimate_memory(config, prompt, question):
              "optimizer": 8 * trained}  # Adam's two moments
     # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms' scaling, and what goes into the
     # linear layers after them (6h, or 4h where the scaling is frozen); queries and the attention's output (2q); four widths of the
-    # MLP (gate, its activation, up, their product). Two layers' worth more is at work while one is differentiated.
+    # MLP (gate, its activation, up, their product). One layer more is at work while it is differentiated.
     token = c * ((4 if lora_r else 6) * h + 2 * q + 4 * ffn)
     if hasattr(config, "group_size"):
         group, length = config.completions_per_forward or config.group_size, config.max_completion_length
         new, rows, context = group * length, config.prompts_per_step * config.group_size, prompt + length
         # every completion has its own copy of the prompt's keys and values, repeated for all query heads, and a mask of its own
-        activations = (layers + 2) * (prompt * (token + c * kv) + new * token + 2 * c * q * group * context + 4 * new * context)
+        activations = (layers + 1) * (prompt * (token + c * kv) + new * token + 2 * c * q * group * context + 4 * new * context)
         sampled = (config.prompts_per_step, rows, prompt)
     else:
         new, sampled = config.batch_size * prompt, (0, 0, 0)
-        activations = (layers + 2) * new * (token + c * kv)
+        activations = (layers + 1) * new * (token + c * kv)
     update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
               "activations": activations, "logits": 2 * 4 * new * min(vocabulary, BLOCK)}  # the two blocks of ChosenLogps
 
