@@ -18,8 +18,10 @@ talks with heads, one after the other under their names; /clear, /system TEXT, /
 
 makes one model of a base and an adapter, for servers: weights, tokenizer, generation config, and a card of how it was made.
 """
+import fcntl
 import functools
 import html
+import importlib.metadata
 import itertools
 import json
 import math
@@ -28,6 +30,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -48,7 +51,7 @@ import torch
 import transformers
 import tyro
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
@@ -81,6 +84,19 @@ def pick_dtype(dtype, device):
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def find_model(name):
+    """(what from_pretrained loads, the adapter folder to put on it or None) of a --model; raises InputError."""
+    folder = Path(__file__).parent / "data" / "tiny" if name == "tiny" else Path(name).expanduser()
+    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~" or folder.exists()):
+        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like ORG/NAME is needed)")
+    source = str(folder) if folder.is_dir() else name
+    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        return adapter_base(folder), source
+    return source, None
+
+
 def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="sdpa", load_in_4bit=False):
     """Loads a model and its tokenizer, in eval mode (dropout off), and prints what was chosen.
 
@@ -91,17 +107,9 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     Raises InputError for whatever cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute = pick_dtype(dtype, device)
-    folder = Path(__file__).parent / "data" / "tiny" if name == "tiny" else Path(name).expanduser()
-    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~" or folder.exists()):
-        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like ORG/NAME is needed)")
-    source, adapter = str(folder) if folder.is_dir() else name, None
-    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)")
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        adapter, source = source, adapter_base(folder)
+    compute, (source, adapter) = pick_dtype(dtype, device), find_model(name)
     options = {"dtype": torch.float32 if fp32_weights else compute, "attn_implementation": attn_implementation,
-               "use_safetensors": True}
+               "use_safetensors": True, "trust_remote_code": False}  # False, not unset, which asks the user
     if load_in_4bit:
         try:
             import bitsandbytes  # noqa: F401  (optional; transformers uses it)
@@ -111,8 +119,8 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True)
         options["device_map"] = {"": device}
     try:
-        has_tokenizer = adapter and (folder / "tokenizer_config.json").exists()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else source)
+        has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
         if adapter:
             from peft import PeftModel
@@ -359,10 +367,12 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     [P * n, T], the n completions of a prompt in consecutive rows.
     """
     device, width, rows = model.device, max(len(ids) for ids in prompt_ids), len(prompt_ids) * n
+    advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or --max_completion_length where it was in "
+              "training, --eval_batch_size where it was in evaluation")
     completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     completion_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
-    with torch.inference_mode():
+    with memory_advice(advice), torch.inference_mode():
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -380,7 +390,7 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
             if temperature:  # one uniform number a row, looked up in the cumulative distribution
                 cumulative = probabilities.cumsum(dim=-1)
                 uniform = (1 - torch.rand(len(active), 1, generator=generator, device=device)) * cumulative[:, -1:]  # never 0
-                token = torch.searchsorted(cumulative, uniform)
+                token = torch.searchsorted(cumulative, uniform).clamp_(max=logits.shape[1] - 1)  # beyond it where logits are NaN
             else:
                 token = logits.argmax(dim=-1, keepdim=True)
             completion_ids[active, t] = token[:, 0]
@@ -397,6 +407,23 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
             with attention(model, "shared_prompt"):
                 hidden = decoder(token, position_ids=position_ids, past_key_values=cache, shared=cache)[0]
     return completion_ids[:, :t + 1], completion_mask[:, :t + 1], logps[:, :t + 1]
+
+
+def out_of_memory(error):
+    """Whether an exception of torch or Python says that memory ran out, on the GPU or on CPU."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+@contextmanager
+def memory_advice(advice):
+    """Within it running out of memory ends in one line, an InputError: where it happened and which settings to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"out of memory {advice}") from None
 
 
 def decode(tokenizer, completion_ids, completion_mask):
@@ -549,9 +576,12 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
         batch = order[start:start + batch_size]
         prompts = [rows[i][1] for i in batch]
         with autocast(compute):
-            ids, mask, _ = generate(model, prompts, max_new_tokens=max_completion_length, stop_ids=stops, temperature=0.0)
+            ids, mask, logps = generate(model, prompts, max_new_tokens=max_completion_length, stop_ids=stops, temperature=0.0)
             sampled = generate(model, prompts, samples, max_new_tokens=max_completion_length, stop_ids=stops,
                                temperature=temperature, generator=generator)[:2] if samples else None
+        if logps.isnan().any():
+            raise InputError(f"{title}: the model's probabilities are not numbers (NaN): its weights are broken, or too much for the "
+                             "precision: try --dtype bf16 or fp32, or another model")
         texts, own = decode(tokenizer, ids, mask), [rows[i][0] for i in batch]
         for j, (i, row, text, scored) in enumerate(zip(batch, own, texts, score(texts, own))):
             length = int(mask[j].sum())
@@ -754,6 +784,111 @@ def report_html(title, heads, rows, paired=()):
         data=json.dumps(data).replace("<", "\\u003c"))
 
 
+# === doctor: will it fit ==============================================================================================
+
+
+def estimate_memory(config, prompt, question):
+    """Most memory that a run of a script can need, {part: bytes}, from the model's configuration alone; nothing is loaded.
+
+    config: of the script. prompt: tokens of the longest training prompt (of sft: of the longest row); question: of the longest held-out
+    prompt. Completions count with their full --max_completion_length. Raises InputError where there is no such model.
+    """
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_model(config.model)[0], trust_remote_code=False))
+    except InputError:
+        raise
+    except Exception as error:  # what load_model would say
+        raise InputError(hub_message(f"model {config.model}", error, "--model tiny, or --model PATH to a local folder")) from error
+    text, lora_r = model.config.get_text_config(), getattr(config, "lora_r", 0)
+    h, layers, ffn, vocabulary = text.hidden_size, text.num_hidden_layers, text.intermediate_size, text.vocab_size
+    d = getattr(text, "head_dim", None) or h // text.num_attention_heads
+    q, kv = text.num_attention_heads * d, 2 * text.num_key_value_heads * d  # widths of queries, and of keys and values together
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    c = pick_dtype(config.dtype, device).itemsize  # bytes of an activation
+    total, embedding = sum(p.numel() for p in model.parameters()), vocabulary * h
+    trained = sum(lora_r * (m.in_features + m.out_features) for m in model.modules()
+                  if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()) if lora_r else total
+    weights = 4 * total if not lora_r else c * total
+    if getattr(config, "load_in_4bit", False):
+        weights = (total - embedding) * 9 // 16 + c * embedding  # 4 bits, and a scale for every 64 of them
+    parts = {"weights": weights + (4 * trained if lora_r else 0),
+             "reference": (4 * trained if lora_r else weights) if getattr(config, "beta", 0) else 0,
+             "optimizer": 8 * trained}  # Adam's two moments
+    # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms' scaling, and what goes into the
+    # linear layers after them (6h, or 4h where the scaling is frozen); queries and the attention's output (2q); four widths of the
+    # MLP (gate, its activation, up, their product). One layer more is at work while it is differentiated.
+    token = c * ((4 if lora_r else 6) * h + 2 * q + 4 * ffn)
+    if hasattr(config, "group_size"):
+        group, length = config.completions_per_forward or config.group_size, config.max_completion_length
+        new, rows, context = group * length, config.prompts_per_step * config.group_size, prompt + length
+        # every completion has its own copy of the prompt's keys and values, repeated for all query heads, and a mask of its own
+        activations = (layers + 1) * (prompt * (token + c * kv) + new * token + 2 * c * q * group * context + 4 * new * context)
+        sampled = (config.prompts_per_step, rows, prompt)
+    else:
+        new, sampled = config.batch_size * prompt, (0, 0, 0)
+        activations = (layers + 1) * new * (token + c * kv)
+    update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
+              "activations": activations, "logits": 2 * 4 * new * min(vocabulary, BLOCK)}  # the two blocks of ChosenLogps
+
+    def sampling(prompts, rows, longest):
+        context = longest + config.max_completion_length
+        return {"key-value cache": layers * c * kv * (prompts * longest + rows * config.max_completion_length),
+                "logits": 3 * 4 * rows * vocabulary,  # logits, probabilities, their cumulative sums
+                "activations": max(prompts * longest * (4 * h + q + kv + 3 * ffn) * c, 3 * 4 * rows * text.num_attention_heads * context)}
+
+    evaluation = (config.eval_batch_size, config.eval_batch_size, question)
+    parts |= max(update, sampling(*sampled), sampling(*evaluation), key=lambda phase: sum(phase.values()))
+    return parts
+
+
+def free_memory():
+    """Bytes that the device has left: of the GPU, or of the machine within the limit of its control group."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    free = [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # v2, v1
+        try:
+            free.append(int((Path("/sys/fs/cgroup") / limit).read_text()) - int((Path("/sys/fs/cgroup") / used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such file, or "max": no limit
+    return min(free)
+
+
+def doctor(config, train, heldout):
+    """The first thing that a script says: whether model and settings will probably fit into memory and onto the disk, and whether the
+    libraries are those that it was tested with. Warns, never refuses. Rows are not tokenized yet: three characters count as a token.
+    Returns the bytes that the process holds so far.
+    """
+    limit = getattr(config, "max_prompt_length", 0) or config.max_seq_length
+    prompt, question = (min(limit, max(sum(len(m["content"]) for m in row["prompt"]) + len(row["target"]) * (rows is train and not hasattr(
+        config, "group_size")) for row in rows) // 3) for rows in (train, heldout[:config.eval_size]))
+    parts = estimate_memory(config, prompt, question)
+    needed, free = sum(parts.values()), free_memory()
+    checkpoint = parts["optimizer"] * 3 // 2 + parts["reference"]
+    place = next(path for path in (Path(config.out or "runs").absolute(), *Path(config.out or "runs").absolute().parents) if path.is_dir())
+    room = shutil.disk_usage(place).free
+    print(f"doctor: about {needed / 1e9:.2g} GB of memory needed at most ({described_memory(parts)}), {free / 1e9:.3g} GB free; a checkpoint "
+          f"takes {checkpoint / 1e9:.2g} GB of {room / 1e9:.3g} GB on the disk")
+    if needed > free:
+        lower = "--completions_per_forward 1, a lower --prompts_per_step, --group_size or" if hasattr(config, "group_size") else "a lower --batch_size or"
+        print(f"WARNING: this will probably not fit into memory: try {lower} --eval_batch_size, or a smaller --model")
+    if 2 * checkpoint + parts["weights"] > room:  # the old checkpoint is kept while the new one is written
+        print(f"WARNING: {place} will probably be full before the run ends: take another --out, or make room")
+    wanted = dict(line.split("==") for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#")
+    for name in ("torch", "transformers", "peft"):
+        found = importlib.metadata.version(name).partition("+")[0]
+        if found != wanted[name]:
+            print(f"WARNING: {name} {found} is installed, tested was {wanted[name]} (requirements.txt)")
+    # what the process holds before anything is loaded: Python, torch, the libraries, the rows; on a GPU tensors alone are counted
+    return 0 if torch.cuda.is_available() else int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def described_memory(parts):
+    """The parts of estimate_memory for the console, the largest first."""
+    return ", ".join(f"{name} {size / 1e9:.2g}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size)
+
+
 # === the run folder ===================================================================================================
 
 GRPO_PANELS = [
@@ -763,7 +898,9 @@ GRPO_PANELS = [
     ("Entropy", "nats per token", {"policy": "entropy"}),
     ("Completion length", "tokens", {"mean": "completion_length"}),
     ("Shares", "share", {"clipped tokens": "clip_fraction", "truncated": "truncated", "groups without variance": "zero_std_share"})]
-MAY_CHANGE = {"resume", "out", "steps", "save_every", "eval_every", "wandb", "wandb_project"}  # on --resume
+MAY_CHANGE = {"resume", "out", "steps", "save_every", "eval_every", "eval_batch_size", "completions_per_forward", "wandb",
+              "wandb_project"}  # on --resume
+BAD_STEPS = 3  # so many in a row whose update had to be skipped end the run
 
 
 class Run:
@@ -773,30 +910,46 @@ class Run:
         """config: the script's dataclass. Raises InputError where the folder holds another run, or another configuration."""
         if config.resume and not config.out:
             raise InputError("--resume needs --out DIR: the folder of the run to continue")
-        self.folder = Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        self.signal, self.wandb, self.finished, self.warned = None, None, False, False
+        self.rehearsal = tempfile.TemporaryDirectory() if config.dry_run else None  # gone when the process ends
+        self.folder = Path(self.rehearsal.name) if config.dry_run else Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        self.script, self.lock, self.signal, self.wandb, self.finished, self.warned = script, None, None, None, False, False
+        self.in_steps, self.saved = False, 0  # between the first step and the last; the last step in checkpoint/
+        self.skipped, self.bad_step, self.in_a_row = Counter(), None, 0  # updates a step; the last step that had one
+        self.watched, self.collapses = [], set()  # metrics of this launch; what was warned about
         known = self.folder / "config.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--out {self.folder} is a file, a folder is needed")
-        if known.exists():
+        text = known.read_text() if known.exists() else ""  # empty where a run was killed while it made the file
+        if text:
+            if not (self.folder / "summary.json").exists():
+                self._lock()
             if not config.resume:
                 raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take another folder")
-            before = json.loads(known.read_text())
+            try:
+                before = json.loads(text)
+            except json.JSONDecodeError:
+                raise InputError(f"{known} is no JSON any more, so nobody can tell what run this was: take another --out") from None
+            if before.get("script", script) != script:
+                raise InputError(f"--out {self.folder} holds a run of {before['script']}.py: take another folder")
             changed = [f"--{key} ({before[key]!r} at launch)" for key, value in asdict(config).items()
                        if key not in MAY_CHANGE and before.get(key, value) != value]
             if changed:
                 raise InputError(f"--resume with another value of {', '.join(changed)} would be another run: give the values "
                                  "of the launch")
             self.finished = (self.folder / "summary.json").exists()
-        self.config = asdict(config)
-        self.schedule_steps = (before if known.exists() else self.config).get("steps")  # of the learning rate: fixed at launch
+        self.config, self.launched = asdict(config), before if text else asdict(config)
+        self.config |= {"resume": False, "wandb": "disabled"} if config.dry_run else {}
+        self.schedule_steps = self.launched.get("steps")  # of the learning rate: fixed at launch
 
     def open(self):
         """Called once the input is known to be good: makes the folder, catches SIGINT and SIGTERM, starts wandb if asked."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "config.json").exists():
-                (self.folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+            if not self.lock:
+                self._lock()
+                if (self.folder / "config.json").stat().st_size:  # since this process looked
+                    raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take another folder")
+                self.lock.write((json.dumps({**self.config, "script": self.script}, indent=1) + "\n").encode())
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
         signal.signal(signal.SIGINT, self._stop)
@@ -809,22 +962,54 @@ class Run:
             self.wandb = wandb.init(project=self.config["wandb_project"], mode=self.config["wandb"], dir=str(self.folder),
                                     config=self.config, name=self.folder.name, id=identity.read_text(), resume="allow")
 
+    def _lock(self):
+        """Holds a lock on config.json while this process lives: the kernel lets go of it, however the process ends."""
+        try:
+            self.lock = open(self.folder / "config.json", "ab", buffering=0)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--out {self.folder}: another run is at work in it: wait for its end or stop it, or take another folder") from None
+        except OSError as error:
+            if not self.lock:
+                raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
+            print(f"{self.folder} has no file locks ({error.strerror}): see to it yourself that no second run works in it")
+
+    def close(self):
+        """Lets go of the lock and of the signals."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.lock:
+            self.lock.close()
+
+    def steps(self, first, last):
+        """The numbers first to last. A SIGINT or SIGTERM waits for the end of the step while they run, and ends the process at once
+        before and after, in an evaluation say, where nothing would be lost."""
+        self.in_steps = True
+        yield from range(first, last + 1)
+        self.in_steps = False
+        self.stop_if_asked(None, last)  # came after the last step was saved
+
     def _stop(self, number, frame):
         self.signal = number
+        if not self.in_steps:
+            self.stop_if_asked(None, self.saved)
         signal.signal(number, signal.SIG_DFL)  # a second one quits at once
         tqdm.write("stopping: this step is finished and saved first (again to quit at once)", file=sys.stderr)
 
     def log(self, name, record):
         """Appends a line to NAME.jsonl; metrics go to wandb too."""
-        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        with self._writing(f"{name}.jsonl"), open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb and name == "metrics":
             self.wandb.log(record, step=record["step"])
+        if self.rehearsal and name == "metrics" and record["step"] == 2:  # the first one warmed up
+            self.end_rehearsal(record)
 
     def report(self, bar, metrics, group):
         """One step: metrics.jsonl and the bar always; now and then a line, samples.jsonl, and a completion to read."""
         step, steps = metrics["step"], self.config["steps"]
         self.log("metrics", metrics)
+        self.warn_of_collapse(bar, metrics)
         bar.set_postfix_str(f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.2f}, kl {metrics['kl']:.3f}, "
                             f"{metrics['completion_length']:.0f} tokens")
         if step == 1 or step % max(1, steps // 20) == 0:
@@ -854,46 +1039,186 @@ class Run:
     def stop_if_asked(self, bar, step):
         """Ends the process with 128 + signal after a SIGINT or SIGTERM; call it right after save_checkpoint."""
         if self.signal:
-            bar.close()
+            bar.close() if bar else None
+            self.close()
             print(f"stopped after step {step}; to go on, repeat the command with --out {self.folder} --resume")
             sys.exit(128 + self.signal)
 
     def write_records(self, name, records):
         """NAME.jsonl at once, a line a record."""
-        (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        self._write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+    def _write(self, name, text):
+        """Writes a file under another name and renames it: whenever the process is killed, the file is the old or the new one."""
+        with self._writing(name):
+            (self.folder / f"{name}.new").write_text(text, encoding="utf-8")
+            synced(self.folder / f"{name}.new").rename(self.folder / name)
+
+    @contextmanager
+    def _writing(self, name):
+        """Within it a full disk and the like end in one line, an InputError: what is lost, what is not, what to do."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of the former
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0][:200]
+            kept = f"the checkpoint of step {self.saved} is whole, make room and go on with --resume" if self.saved else (
+                "there was no checkpoint yet")
+            raise InputError(f"{self.folder / name} cannot be written ({reason}): {kept}") from error
 
     def read_records(self, name):
         """The records of NAME.jsonl."""
         return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def save_checkpoint(self, state):
-        """Replaces checkpoint/ by `state` (a dict of tensors and numbers); the old one stays until the new one is whole."""
+        """Replaces checkpoint/ by `state` (a dict of tensors and numbers); the old one stays until the new one is whole and on disk."""
         new, current, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        torch.save(state, new / "state.pt")
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            with self._writing("checkpoint.new"):
+                new.mkdir()
+                with open(new / "state.pt", "wb") as file:
+                    torch.save(state, file)
+                for path in (new / "state.pt", new, *self.folder.glob("*.jsonl")):  # a full disk may only say so now
+                    synced(path)
+        except InputError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
         if current.exists():
+            shutil.rmtree(old, ignore_errors=True)
             current.rename(old)
         new.rename(current)
+        synced(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+        self.saved = state["step"]
 
     def load_checkpoint(self):
         """The last whole checkpoint, or None; lines of the logs that belong to later steps are cut off."""
-        files = [self.folder / name / "state.pt" for name in ("checkpoint", "checkpoint.old")]
-        files = [file for file in files if self.config["resume"] and file.exists()]
-        state = torch.load(files[0], map_location="cpu", weights_only=True) if files else None
+        state, broken = None, []
+        for file in [self.folder / name / "state.pt" for name in ("checkpoint", "checkpoint.old")] if self.config["resume"] else ():
+            if file.exists() and not state:
+                try:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
+                except Exception as error:  # cut short or damaged: torch, zip and pickle have a dozen types for it
+                    if out_of_memory(error):
+                        raise
+                    broken.append(file)
+                    print(f"{file} cannot be read, it is cut short or damaged ({type(error).__name__})")
+        if broken and not state:
+            raise InputError(f"{broken[0]} cannot be read, and no other checkpoint is there: delete {broken[0].parent} to start again "
+                             "from the first step, or put back a copy")
+        for file in broken:  # so that the whole one, checkpoint.old, is kept until the next is complete
+            shutil.rmtree(file.parent)
+        if state:
+            self.saved = state["step"]
+            if self.config.get("completions_per_forward") != self.launched.get("completions_per_forward"):
+                state["completions_per_forward"] = self.config["completions_per_forward"]  # the user's word beats what was halved
         for name in ("metrics", "samples"):
             file = self.folder / f"{name}.jsonl"
             if file.exists():
                 records = []
-                for line in file.read_text(encoding="utf-8").splitlines():
+                for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                     try:
                         records.append(json.loads(line))
                     except json.JSONDecodeError:
                         break  # half a last line, written when the run was killed
                 self.write_records(name, [record for record in records if state and record["step"] <= state["step"]])
         return state
+
+    # --- dry run
+
+    def rehearse(self, config, train, heldout, libraries):
+        """For --dry_run: the longest rows of a step, and a batch of the evaluation; two steps will be made. Estimates the memory.
+
+        train: (row, prompt_ids), of sft (prompt_ids, completion_ids). libraries: what doctor returned.
+        """
+        grpo = hasattr(config, "group_size")
+        length = (lambda item: len(item[1])) if grpo else lambda item: sum(map(len, item))
+        a_step = config.prompts_per_step if grpo else config.batch_size * config.gradient_accumulation_steps
+        train = sorted(train, key=length, reverse=True)[:a_step]
+        heldout = sorted(heldout, key=lambda item: len(item[1]), reverse=True)[:config.eval_batch_size]
+        self.estimate = estimate_memory(config, length(train[0]), len(heldout[0][1])) | {"libraries": libraries}
+        config.eval_every = 0
+        setattr(config, "steps" if hasattr(config, "steps") else "num_epochs", 3)
+        return train, heldout
+
+    def end_rehearsal(self, record):
+        """Says what the second step of a dry run took, and ends the process."""
+        seconds, peak, estimate = record.get("generate_seconds", 0) + record["update_seconds"], record["peak_memory_gb"], sum(self.estimate.values())
+        steps = self.config.get("steps")  # sft counts epochs
+        whole = f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside" if steps else ""
+        print(f"dry run: a step with the longest prompts took {seconds:.2f} s{whole}")
+        print(f"dry run: memory {peak:.2f} GB at the peak, {estimate / 1e9:.2f} GB estimated ({described_memory(self.estimate)})")
+        self.close()
+        self.rehearsal.cleanup()
+        sys.exit(0)
+
+    # --- guards: a step that goes wrong
+
+    def sound(self, step, numbers, groups, scaler):
+        """Whether all that an update hangs on is finite; else it must be skipped. The batch is then in bad_batch_STEP.json, and the
+        third such step in a row ends the run.
+
+        numbers: {"loss": ..., "gradient": norm}. groups: dicts of what was trained on. An infinite gradient in fp16 is no fault: the
+        scaler is still looking for its scale, and lowers it.
+        """
+        bad = [name for name in ("rewards", "advantages", "ref_logps", "old_logps")
+               if any(name in group and not group[name].isfinite().all() for group in groups)]
+        bad += [name for name, value in numbers.items() if not math.isfinite(value)]
+        if not bad:
+            return True
+        self.skipped[step] += 1
+        if bad == ["gradient"] and scaler.is_enabled() and scaler.get_scale() > 1 or step == self.bad_step:
+            return False
+        self.in_a_row = self.in_a_row + 1 if self.bad_step == step - 1 else 1
+        self.bad_step, file = step, self.folder / f"bad_batch_{step}.json"
+        if len(list(self.folder.glob("bad_batch_*.json"))) < 10:
+            batch = [{key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in group.items()} for group in groups]
+            self._write(file.name, json.dumps({"step": step, "not_finite": bad, **numbers, "batch": batch}) + "\n")
+        words = f"step {step}: {' and '.join(bad).replace('_', ' ')} not finite (NaN or infinite), the update is skipped; the batch is in {file}"
+        tqdm.write(f"WARNING: {words}", file=sys.stderr)
+        if self.in_a_row == BAD_STEPS:
+            advice = "look there for what the reward function made of the texts" if bad[0] == "rewards" else (
+                "lower --learning_rate or --max_grad_norm, or try --dtype bf16 or fp32")
+            kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
+            raise InputError(f"{words}, as in the {BAD_STEPS - 1} steps before it: {advice}{kept}")
+        return False
+
+    def fit(self, config, optimizer, attempt):
+        """attempt(), again with config.completions_per_forward halved each time memory runs out: slower, but the same gradient."""
+        while True:
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            size = config.completions_per_forward or config.group_size
+            if size == 1:
+                raise InputError("out of memory with --completions_per_forward 1 too: lower --max_completion_length or --max_prompt_length"
+                                 + ", take --load_in_4bit" * hasattr(config, "load_in_4bit") + ", a smaller --model, or --beta 0, which needs no reference")
+            optimizer.zero_grad()  # and out of the except block, where the failed attempt's tensors are free
+            torch.cuda.empty_cache()
+            config.completions_per_forward = size // 2
+            tqdm.write(f"out of memory: going on with --completions_per_forward {size // 2} (slower, the same gradient)", file=sys.stderr)
+
+    def warn_of_collapse(self, bar, metrics, window=10):
+        """Says once each when the policy leaves its reference, stops trying, or finds nothing to learn from; and the knob to turn."""
+        self.watched.append(metrics)
+        last, warnings = self.watched[-window:], {}
+        if len(last) < window:
+            return
+        kl, entropy, accuracy = (fmean(record[key] for record in last) for key in ("kl", "entropy", "accuracy"))
+        if sorted(record["kl"] for record in last)[window // 2] > 0.5:
+            warnings["kl"] = (f"the policy has left its reference (KL {kl:.2f} nats per token): raise --beta, lower --learning_rate, or renew "
+                              "the reference more often (--ref_every)")
+        if entropy < 0.1 * fmean(record["entropy"] for record in self.watched[:window]) and entropy < 0.05 and accuracy < 0.8:
+            warnings["entropy"] = (f"the entropy has collapsed ({entropy:.3f} nats): the policy says the same again and again, at accuracy "
+                                   f"{accuracy:.2f}; lower --learning_rate, raise --temperature, --epsilon_high or --beta")
+        if all(record["zero_std_groups"] == self.config["prompts_per_step"] for record in last):
+            warnings["reward"] = (f"in {window} steps no group had two different rewards, so there was nothing to learn: raise --group_size or "
+                                  "--temperature, or take questions that are neither too easy nor too hard")
+        for name in warnings.keys() - self.collapses:
+            bar.write(f"WARNING: step {metrics['step']}: {warnings[name]}")
+            self.collapses.add(name)
 
     def curves(self, panels=None):
         """Draws curves.png from metrics.jsonl: what a person would look at first. panels: [(title, unit, {label: metric})]."""
@@ -936,13 +1261,22 @@ class Run:
     def finish(self, summary, panels=None):
         """Draws the curves, writes summary.json, which marks the run as finished, and closes wandb."""
         self.curves(panels)
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._write("summary.json", json.dumps(summary, indent=1) + "\n")
+        self.close()
         print(f"written: {self.folder}/ ({', '.join(sorted(path.name for path in self.folder.iterdir()))})")
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
+
+
+def synced(path):
+    """The path, once what it holds is on the disk itself: then it outlives a power cut too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return path
 
 
 def compare(before_records, after_records):

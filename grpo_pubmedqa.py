@@ -81,6 +81,7 @@ class Config:
     # --- run
     out: str = ""  # folder of the run (default: runs/grpo_pubmedqa-<time>)
     resume: bool = False  # continue the run in --out from its checkpoint
+    dry_run: bool = False  # only say how much memory and how long a step takes, after one; leaves no folder
     save_every: int = 50  # steps between checkpoints (0 = only when stopped)
     seed: int = 0  # of sampling and of the order of the questions
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # also log to Weights & Biases
@@ -277,10 +278,13 @@ def main(config):
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(pubmedqa, config)
     evaluation.check_rows(config, train, heldout, counts)
+    libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
     model, tokenizer, compute = evaluation.load_model(config.model, config.dtype, fp32_weights=True,
                                                       attn_implementation=config.attn_implementation)
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
+    if config.dry_run:
+        train, heldout = run.rehearse(config, train, heldout, libraries)
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
@@ -296,12 +300,13 @@ def main(config):
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         step, position, start = state["step"], state["position"], time.time() - state["seconds"]
+        config.completions_per_forward = state["completions_per_forward"]  # halved where memory had run out
         print(f"resumed: {run.folder} after step {step}")
 
     def save():
         states = {name: part.state_dict() for name, part in parts.items()}
         run.save_checkpoint({**states, "generator": generator.get_state(), "step": step, "position": position,
-                             "seconds": time.time() - start})
+                             "completions_per_forward": config.completions_per_forward, "seconds": time.time() - start})
 
     def evaluate(title):
         return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
@@ -315,7 +320,7 @@ def main(config):
 
     # --- training
     stops, questions = evaluation.stop_ids(model, tokenizer), question_stream(train, config.seed, position)
-    bar = tqdm(range(step + 1, config.steps + 1), "train", config.steps, initial=step, unit="step", disable=None)
+    bar = tqdm(run.steps(step + 1, config.steps), "train", config.steps, initial=step, unit="step", disable=None)
     for step in bar:
         if config.beta and config.ref_every and step > 1 and (step - 1) % config.ref_every == 0:
             reference.load_state_dict(model.state_dict())
@@ -337,15 +342,16 @@ def main(config):
 
         # mu epochs on the same rollout
         if config.beta:
-            add_reference_logps(reference, groups, config, compute)
+            run.fit(config, optimizer, lambda: add_reference_logps(reference, groups, config, compute))
         epochs, grad_norms, rate = [], [0.0], learning_rate(step, config, run.schedule_steps)
         optimizer.param_groups[0]["lr"] = rate
         for epoch in range(config.mu):
-            epochs.append(policy_gradient(model, groups, epoch == 0, config, compute, scaler))
+            epochs.append(run.fit(config, optimizer, lambda: policy_gradient(model, groups, epoch == 0, config, compute, scaler)))
             if epochs[-1]["tokens"]:  # else every group was skipped
                 scaler.unscale_(optimizer)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item())
-                scaler.step(optimizer)
+                if run.sound(step, {"loss": epochs[-1]["loss"], "gradient": grad_norms[-1]}, groups, scaler):  # else skipped
+                    scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
 
@@ -355,7 +361,7 @@ def main(config):
             "step": step, **evaluation.rollout_metrics(groups), "extra_batches": extra_batches,
             "loss": sums["loss"] / config.mu,
             **{key: sums[key] / max(1, sums["tokens"]) for key in ("kl", "clip_fraction", "entropy", "sampler_gap")},
-            "grad_norm": grad_norms[-1], "learning_rate": rate, "generate_seconds": generate_seconds,
+            "grad_norm": grad_norms[-1], "skipped_updates": run.skipped[step], "learning_rate": rate, "generate_seconds": generate_seconds,
             "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]

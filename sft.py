@@ -62,6 +62,7 @@ class Config:
     # --- run
     out: str = ""  # folder of the run (default: runs/sft-TASK)
     resume: bool = False  # continue the run in --out from its checkpoint
+    dry_run: bool = False  # only say how much memory and how long a step takes, after one; leaves no folder
     save_every: int = 100  # steps between checkpoints (0 = only when stopped)
     seed: int = 0  # of the order of the rows and of the fresh adapter
     wandb: Literal["disabled", "offline", "online"] = "disabled"  # also log to Weights & Biases
@@ -135,11 +136,14 @@ def main(config):
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(evaluation.TASKS[config.task], config)
     evaluation.check_rows(config, train, heldout, counts)
+    libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
     heldout = heldout[:config.eval_size]
     model, tokenizer, compute = evaluation.load_model(config.model, config.dtype, fp32_weights=not config.lora_r,
                                                       attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
     pairs, validation = encode(tokenizer, train, config, "training"), encode(tokenizer, heldout, config, "held-out")
     heldout = evaluation.encode_rows(tokenizer, heldout, config.max_seq_length, "held-out")
+    if config.dry_run:
+        pairs, heldout = run.rehearse(config, pairs, heldout, libraries)
     if config.lora_r:
         model = evaluation.new_adapter(model, config.lora_r, config.lora_alpha, config.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -180,7 +184,7 @@ def main(config):
     print("before:", evaluation.describe(evaluation.summarize(before)))
 
     # --- training
-    bar = tqdm(range(step + 1, steps + 1), "train", steps, initial=step, unit="step", disable=None)
+    bar = tqdm(run.steps(step + 1, steps), "train", steps, initial=step, unit="step", disable=None)
     order, ordered = [], -1  # the batches of an epoch, and of which
     for step in bar:
         clock, (epoch, place) = time.time(), divmod(step - 1, an_epoch)
@@ -190,19 +194,23 @@ def main(config):
         num_tokens = sum(len(completion) for part in parts for _, completion in part)
         loss = 0.0
         for part in parts:
-            nll, _ = completion_nll(model, part, compute)
-            scaler.scale(nll / num_tokens).backward()
+            with evaluation.memory_advice(f"in training on {len(part)} rows at once: lower --batch_size and raise "
+                                          "--gradient_accumulation_steps, or lower --max_seq_length"):
+                nll, _ = completion_nll(model, part, compute)
+                scaler.scale(nll / num_tokens).backward()
             loss += nll.item() / num_tokens
         rate = config.learning_rate * min(1, step / max(1, steps / 20), (steps + 1 - step) / max(1, steps * 0.95))
         optimizer.param_groups[0]["lr"] = rate
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-        scaler.step(optimizer)
+        batch = [{"prompt_ids": prompt, "completion_ids": completion} for part in parts for prompt, completion in part]
+        if run.sound(step, {"loss": loss, "gradient": grad_norm}, batch, scaler):  # else the update is skipped
+            scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        metrics = {"step": step, "epoch": step / an_epoch, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate,
-                   "num_tokens": num_tokens, "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
+        metrics = {"step": step, "epoch": step / an_epoch, "loss": loss, "grad_norm": grad_norm, "skipped_updates": run.skipped[step],
+                   "learning_rate": rate, "num_tokens": num_tokens, "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
         if config.eval_every and step % config.eval_every == 0 or step == steps:
             metrics["eval_loss"] = validation_loss()
         if config.eval_every and step % config.eval_every == 0 and step < steps:

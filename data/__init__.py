@@ -24,11 +24,23 @@ class InputError(Exception):
 
 @contextmanager
 def one_line_errors():
-    """Around a script's main: an InputError is printed as one line and ends the process with exit code 2."""
+    """Around a script's main: an InputError, a full disk or memory running out is printed as one line and ends the process with exit
+    code 2, Ctrl-C with 130. Whatever else is raised is a bug and keeps its traceback.
+    """
     try:
         yield
-    except InputError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        text = str(error)
+        if "No space left on device" in text or "os error 28" in text:  # the latter is safetensors'
+            text = f"the disk is full ({text}): make room; what was saved before is whole"
+        elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+            text = text if isinstance(error, InputError) else f"out of memory ({text[:200]}): take a smaller --model or smaller batches"
+        elif not isinstance(error, InputError):
+            raise
+        print("error: " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())), file=sys.stderr)
         sys.exit(2)
 
 
