@@ -73,7 +73,7 @@ def test_real_files_convert_with_the_counts_of_an_independent_reader(real_data, 
     starts = Counter(m[1].lower() for row in train + heldout if (m := re.match(r"(yes|no)\b", row["ground_truth"], re.I)))
     assert counts["are yes/no questions"] == sum(starts.values())
     assert not any("\u4e00" <= c <= "\u9fff" for row in train + heldout for c in row["ground_truth"] + row["extra"]["question"])
-    for row in train + heldout:
+    for row in (train + heldout)[::5]:
         result = rewards.compute_score("ecg_expert_qa", row["target"], row["ground_truth"], row["extra"])
         assert result["accuracy"] == result["format_ok"] == 1 and result["score"] == pytest.approx(1)
 
@@ -236,7 +236,7 @@ def reward_model(tmp_path_factory):
     """A reward model trained for a moment on built-in items, as a user would."""
     folder = tmp_path_factory.mktemp("reward")
     assert subprocess.run([sys.executable, "-m", "data.prepare", "ecg", "builtin", "--limit", "400", "--out", str(folder / "data")], cwd=ROOT).returncode == 0
-    done = subprocess.run([sys.executable, str(ROOT / "rewards.py"), "train", str(folder / "data"), "--num_epochs", "2", "--eval_size", "60",
+    done = subprocess.run([sys.executable, str(ROOT / "rewards.py"), "train", str(folder / "data"), "--limit", "80", "--eval_size", "40",
                            "--out", str(folder / "model")], capture_output=True, text=True)
     assert done.returncode == 0 and "another question's answer" in done.stdout, done.stderr
     return folder / "model"
