@@ -134,9 +134,9 @@ def load_encoder(name):
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    crossed = any("SequenceClassification" in name for name in AutoConfig.from_pretrained(name).architectures or ())
+    crossed = any("SequenceClassification" in name for name in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ())
     kind = AutoModelForSequenceClassification if crossed else AutoModel
-    return AutoTokenizer.from_pretrained(name), kind.from_pretrained(name, use_safetensors=True).to(device).eval()
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False), kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False).to(device).eval()
 
 
 def batched(texts, tokenizer, max_length, size=64):
@@ -473,9 +473,9 @@ def load_language_model(name):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked by the lengths below
-    return tokenizer, AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    return tokenizer, AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).to(device).eval()
 
 
 def mean_nll(texts, name):
@@ -519,10 +519,10 @@ def load_reward_model(folder):
     scale = json.loads((Path(folder) / "normalisation.json").read_text())
     if (Path(folder) / "adapter_config.json").exists():
         from peft import AutoPeftModelForSequenceClassification
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, trust_remote_code=False)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), scale["mean"], scale["std"]
 
@@ -746,8 +746,9 @@ def train_reward_model(config):
     base = str(Path(__file__).parent / "data" / "tiny") if config.base == "tiny" else config.base
     torch.manual_seed(config.seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32, use_safetensors=True,
+                                                                   trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SystemExit(refused(f"--base {config.base} cannot be loaded ({type(error).__name__}: {str(error)[:200]})"))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -74,7 +74,7 @@ def main(config):
     train, heldout, counts = load_task(TASKS[config.task], config)
     name = Path(__file__).parent / "tiny" if config.tokenizer == "tiny" else config.tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # many types, one thing to the user: no tokenizer
         raise InputError(hub_message(f"tokenizer {name}", error, "--tokenizer tiny")) from error
     folder = Path(config.out or f"data/processed/{config.task}")
