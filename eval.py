@@ -846,6 +846,8 @@ def free_memory():
     """Bytes that the device has left: of the GPU, or of the machine within the limit of its control group."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
+    if not Path("/proc/meminfo").exists():  # no Linux: all that the machine has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # v2, v1
         try:
@@ -1323,7 +1325,10 @@ def peak_memory_gb():
     """Most memory held so far: by tensors on the GPU, by the process on CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage's figure, which begins with the size of the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def printable(text):
