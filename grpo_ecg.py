@@ -112,8 +112,9 @@ MIX = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 
 
 
 def mix(config):
-    """{part: weight} of this run."""
-    return (config.weights or MIX[config.method]) | ({"learned": config.learned_weight} if config.reward_model else {})
+    """{part: weight} of this run: without a language model there is no fluency, with a reward model there is its part, learned."""
+    weights = {part: weight for part, weight in (config.weights or MIX[config.method]).items() if part != "fluency" or config.language_model}
+    return weights | ({"learned": config.learned_weight} if config.reward_model else {})
 
 
 def score(texts, rows, config):
@@ -326,6 +327,8 @@ def main(config):
     for part, weight in config.weights.items():
         if part not in MIX["hybrid"] or not 0 < weight < float("inf"):
             raise InputError(f"--weights {part} {weight}: weights of {', '.join(MIX['hybrid'])}, more than 0, are needed")
+    if not mix(config):
+        raise InputError("--weights names fluency alone, which needs a --language_model: name one, or another part")
     run = evaluation.Run("grpo_ecg", config)
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
@@ -338,8 +341,7 @@ def main(config):
     model, tokenizer, compute = load_policy(config)
     config = replace(config, encoder=evaluation.pick_encoder(config.similarity, config.encoder))
     evaluation.check_scorers(config.language_model, config.reward_model)
-    print("reward: " + ", ".join(f"{weight:g} {part}" for part, weight in mix(config).items()
-                                 if part != "fluency" or config.language_model))
+    print("reward: " + ", ".join(f"{weight:g} {part}" for part, weight in mix(config).items()))
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
     if config.dry_run:

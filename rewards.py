@@ -134,9 +134,9 @@ def load_encoder(name):
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    crossed = any("SequenceClassification" in name for name in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ())
-    kind = AutoModelForSequenceClassification if crossed else AutoModel
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False), kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False).to(device).eval()
+    crossed = any("SequenceClassification" in kind for kind in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ())
+    model = (AutoModelForSequenceClassification if crossed else AutoModel).from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False), model.to(device).eval()
 
 
 def batched(texts, tokenizer, max_length, size=64):

@@ -17,22 +17,13 @@ import grpo_ecg
 import rewards
 import sft
 from conftest import ROOT
-from data import InputError, ecg, medical_o1, one_line_errors
+from data import InputError, ecg, medical_o1
 from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
+from test_lora import in_process
 
 QUICK = ["--model", "tiny", "--adapter", "none", "--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6",
          "--max_completion_length", "24", "--eval_every", "0"]
 FILES = ["Complex diagnosis (analysis of difficult diseases).json", "ECG Knowledge (Basic Q&A).json", "Patient's right to know.json"]
-
-
-def in_process(script, *arguments):
-    """A script's main without a new process; returns the exit code."""
-    try:
-        with one_line_errors():
-            script.main(script.parse(list(map(str, arguments))))
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 def write(path, rows):
@@ -182,6 +173,12 @@ def test_a_run_as_a_user_would_run_it(tmp_path, family_folder):
     assert {"score", "score_ci95", "parts", "accuracy", "format_rate"} <= set(summary["after"]) and {"ties", "difference_ci95", "better"} <= set(summary["paired"])
 
 
+@pytest.mark.parametrize("method", ["hybrid", "reasoning"])
+def test_rewards_are_normalised_without_a_language_model_too(tmp_path, method, capsys):
+    assert in_process(grpo_ecg, *QUICK, "--method", method, "--normalize_rewards", "--out", tmp_path / "run") == 0
+    assert "fluency" not in capsys.readouterr().out and len(metrics(tmp_path / "run")) == 2
+
+
 def test_killed_and_resumed_is_the_same_run_bit_by_bit(tmp_path):
     flags = [*QUICK, "--steps", "6", "--save_every", "2"]
     assert command("grpo_ecg.py", *flags, "--out", tmp_path / "whole").returncode == 0
@@ -219,6 +216,7 @@ def test_open_medical_questions_train(tmp_path):
     (["--language_model", "no/where"], ["--language_model no/where", "--language_model ''"]),
     (["--weights", "findings", "0"], ["--weights", "more than 0"]),
     (["--weights", "finding", "1"], ["--weights finding", "findings, tokens"]),
+    (["--weights", "fluency", "1"], ["fluency alone", "--language_model"]),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
