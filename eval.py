@@ -164,14 +164,14 @@ def read_adapter(model, folder, name, adapter_name="default"):
     base = adapter_base(folder)
     known = model.config._name_or_path
     if base != known and Path(base).parts[-2:] != Path(known).parts[-2:]:  # folders may have moved, names not
-        raise InputError(f"--adapter {folder} was trained on {base}, not on --model {name}: an adapter fits its own base only")
+        raise InputError(f"adapter {folder} was trained on {base}, not on --model {name}: an adapter fits its own base only")
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name, is_trainable=True)
             return model.eval()
         return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=True).eval()
     except Exception as error:  # many types of peft, safetensors and torch, one thing to the user: not this adapter
-        raise InputError(f"--adapter {folder} cannot be loaded into {name} ({type(error).__name__}: {str(error)[:200]})") from error
+        raise InputError(f"adapter {folder} cannot be loaded into {name} ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def adapter_base(folder):
@@ -883,7 +883,7 @@ def doctor(config, train, heldout):
         if found != wanted[name]:
             print(f"WARNING: {name} {found} is installed, tested was {wanted[name]} (requirements.txt)")
     # what the process holds before anything is loaded: Python, torch, the libraries, the rows; on a GPU tensors alone are counted
-    return 0 if torch.cuda.is_available() else int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0 if torch.cuda.is_available() else round(peak_memory_gb() * 1e9)
 
 
 def described_memory(parts):

@@ -2,6 +2,7 @@
 
     python sft.py --task medmcqa                       GPU: a LoRA adapter for Qwen3-4B-Base on the hub's MedMCQA
                                                        no GPU: the built-in model and items, about 3 minutes
+    python sft.py --task ecg                           GPU: one for Llama-3.2-3B-Instruct on the built-in ECG readings
     python sft.py --task medmcqa --data PATH           your own rows: what data.prepare reads, or has prepared
     python sft.py --task medmcqa --lora_r 0            all weights instead of an adapter
     python sft.py --help                               every knob
@@ -24,6 +25,8 @@ import eval as evaluation
 from data import InputError, load_task, one_line_errors
 
 GPU = torch.cuda.is_available()
+LLAMA = "meta-llama/Llama-3.2-3B-Instruct"
+BASES = {"pubmedqa": "Qwen/Qwen2.5-0.5B-Instruct", "medmcqa": "Qwen/Qwen3-4B-Base", "ecg": LLAMA, "medical_o1": LLAMA}  # as in the GRPO scripts
 
 
 @dataclass
@@ -32,14 +35,14 @@ class Config:
 
     task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "medmcqa"  # whose rows
     # --- model
-    model: str = "Qwen/Qwen3-4B-Base" if GPU else "tiny"  # hub id, model folder, or tiny (the built-in model)
+    model: str = ""  # hub id, model folder, or tiny, the built-in model ("" = what the task's GRPO script trains)
     lora_r: int = 16  # rank of the adapter on all linear layers (0 = train all weights)
     lora_alpha: int = 32  # its scale: the adapter's product counts alpha / r times
     load_in_4bit: bool = False  # quantise the base through bitsandbytes
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # to compute in; what is trained is fp32
     attn_implementation: str = "sdpa"  # attention kernel of transformers
     # --- data
-    data: str = "hub" if GPU else "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or prepared folder
+    data: str = ""  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or prepared folder ("" = hub with a GPU, builtin without; ECG: builtin)
     maybe: bool = False  # PubMedQA: keep the third class
     cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: the number of option A in `cop` (auto: told from the values)
     question_field: str = ""  # field of your own file that holds the question
@@ -237,10 +240,13 @@ def main(config):
 def parse(arguments=None):
     """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
     config = tyro.cli(Config, args=arguments, use_underscores=True, description=__doc__)
+    chosen = {"model": config.model or (BASES[config.task] if GPU else "tiny"),
+              "data": config.data or ("hub" if GPU and config.task != "ecg" else "builtin")}
+    config = replace(config, **chosen)
     if config.model == "tiny":
         own = TINY | TINY_ECG if config.task == "ecg" else TINY
         usual, tiny = config, replace(Config(), **own)
-        config = tyro.cli(Config, args=arguments, use_underscores=True, default=tiny)
+        config = replace(tyro.cli(Config, args=arguments, use_underscores=True, default=tiny), **chosen)
         changed = [f"{key} {getattr(config, key)}" for key in own if getattr(config, key) != getattr(usual, key)]
         print(f"{'' if GPU else 'no GPU: '}the built-in tiny model{' and questions' if config.data == 'builtin' else ''}; "
               f"settings for it: {', '.join(changed)}")

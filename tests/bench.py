@@ -21,7 +21,6 @@ import copy
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -277,16 +276,20 @@ def gemm_rate():
 
 
 def update_flops(bench):
-    """Operations that the update needs: mu forward and backward passes (1 + 2 forwards) and one reference forward."""
-    s, c = bench.s, bench.config
+    """Operations that the update needs: a reference forward, and mu forwards with their backward passes, twice a forward, or once
+    where weights are frozen and only the gradient on its way to the adapters is needed.
+    """
+    s, c, passes = bench.s, bench.config, 3 * MU + 1
     body = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704)  # weights of the linear layers
+    adapters = 6 * 16 * (2 * 512 + 2 * 384 + 3 * 960) if s["lora"] else 0
     total = 0
     for i, prompt in enumerate(bench.prompts):
         S, lengths = len(prompt), bench.lengths[i * s["G"]:(i + 1) * s["G"]]
         tokens = S + sum(lengths)
         pairs = S * S / 2 + sum(n * S + n * n / 2 for n in lengths)  # query-key pairs
-        total += 2 * body * tokens + 6 * 4 * 256 * pairs + 2 * 256 * c.vocab_size * sum(lengths)
-    return total * (3 * MU + 1)
+        linear = 2 * body * tokens + 2 * 256 * c.vocab_size * sum(lengths)
+        total += linear * (2 * MU + 1 if s["lora"] else passes) + (6 * 4 * 256 * pairs + 2 * adapters * tokens) * passes
+    return total
 
 
 def child_cpu(name, threads, rounds, contenders):
@@ -318,7 +321,7 @@ def child_cpu(name, threads, rounds, contenders):
     for key in set(times) - {"ours"}:
         result["ratio_" + key] = result[key]["step"] / result["ours"]["step"] if "ours" in result else None
         result["sampling_ratio_" + key] = result[key]["sampling"] / result["ours"]["sampling"] if "ours" in result else None
-    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    result["peak_memory_gb"] = evaluation.peak_memory_gb()
     print("RESULT " + json.dumps(result), flush=True)
 
 

@@ -63,6 +63,7 @@ FAMILIES = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by default, run with -m slow")
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
 
 
 def pytest_collection_modifyitems(config, items):

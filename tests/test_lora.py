@@ -260,6 +260,17 @@ def test_without_the_default_adapter_the_script_says_so(tmp_path, monkeypatch, c
     assert "there is no runs/sft-medmcqa/model; python sft.py --task medmcqa makes one" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("task, script, data", [("pubmedqa", "grpo_pubmedqa", "hub"), ("medmcqa", "grpo_medmcqa", "hub"), ("ecg", "grpo_ecg", "builtin"),
+                                                ("medical_o1", "grpo_ecg", "hub")])
+def test_on_a_gpu_sft_takes_the_base_of_the_grpo_script(task, script, data, monkeypatch):
+    monkeypatch.setattr(sft, "GPU", True)
+    config = sft.parse(["--task", task])
+    assert f'model: str = "{config.model}" if GPU' in (ROOT / f"{script}.py").read_text() and config.data == data
+    assert sft.parse(["--task", task, "--model", "tiny", "--data", "x"]).data == "x"
+    monkeypatch.setattr(sft, "GPU", False)
+    assert (sft.parse(["--task", task]).model, sft.parse(["--task", task]).data) == ("tiny", "builtin")
+
+
 @pytest.mark.parametrize("script, config", [("sft.py", sft.Config), ("grpo_medmcqa.py", grpo.Config)])
 def test_help_lists_every_knob(script, config):
     text = command(script, "--help").stdout

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -590,6 +591,16 @@ def test_the_doctor_warns_and_takes_no_time(capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     assert "--completions_per_forward 1" in said and "will probably be full" in said and "torch 0.1 is installed" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_told_without_proc_too(monkeypatch):  # macOS
+    exists, read = Path.exists, Path.read_text
+    config = grpo_pubmedqa.Config(model="tiny", data="builtin")
+    rows = evaluation.load_task(evaluation.pubmedqa, config)
+    monkeypatch.setattr(Path, "exists", lambda path, **options: not str(path).startswith("/proc") and exists(path, **options))
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read(path if not str(path).startswith("/proc") else Path("/none"), *a, **k))
+    assert evaluation.free_memory() > 1e8 and evaluation.peak_memory_gb() > 0.1
+    assert evaluation.doctor(config, *rows[:2]) > 1e8
 
 
 def test_no_code_of_a_model_is_run_and_nobody_is_asked(tmp_path, capsys):
