@@ -528,7 +528,7 @@ def bootstrap_interval(values, n=2000):
     doi:10.1214/aos/1176344552).
     """
     values, generator = numpy.asarray(values), numpy.random.default_rng(0)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(n)]
+    means = values[generator.integers(0, len(values), (n, len(values)))].mean(axis=1)
     return [float(x) for x in numpy.percentile(means, [2.5, 97.5])]
 
 
@@ -1488,6 +1488,7 @@ def compare_heads(config, folder, rows, results):
 
 
 def main(config):
+    """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises InputError."""
     check_at_least(1, config, "max_prompt_length", "max_completion_length", "eval_batch_size")
     check_at_least(0, config, "eval_size", "limit", "samples")
     heads = parse_heads(config.models or (f"model={config.model}",))

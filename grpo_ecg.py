@@ -323,6 +323,7 @@ def copy_adapter(model):
 
 
 def main(config):
+    """The whole run: load, evaluate, train step by step, evaluate, save. Raises InputError."""
     evaluation.check_config(config)
     for part, weight in config.weights.items():
         if part not in MIX["hybrid"] or not 0 < weight < float("inf"):

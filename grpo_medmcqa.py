@@ -304,6 +304,7 @@ def copy_adapter(model):
 
 
 def main(config):
+    """The whole run: load, evaluate, train step by step, evaluate, save. Raises InputError."""
     evaluation.check_config(config)
     run = evaluation.Run("grpo_medmcqa", config)
     if run.finished:

@@ -269,6 +269,7 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
 
 
 def main(config):
+    """The whole run: load, evaluate, train step by step, evaluate, save. Raises InputError."""
     evaluation.check_config(config)
     run = evaluation.Run("grpo_pubmedqa", config)
     if run.finished:

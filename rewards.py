@@ -734,8 +734,11 @@ def train_reward_model(config):
     returns the summary. Ends with exit code 2 and one line where the input is bad.
     """
     import torch
+    import transformers
     from tqdm import tqdm
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    transformers.logging.set_verbosity_error()  # that the output layer is new is no news
+    transformers.utils.logging.disable_progress_bar()
     if min(config.num_epochs, config.batch_size, config.max_length, config.eval_size) < 1 or not config.learning_rate > 0:
         raise SystemExit(refused("--num_epochs, --batch_size, --max_length, --eval_size and --learning_rate must be more than 0"))
     folder, out = Path(config.data), Path(config.out)

@@ -125,6 +125,7 @@ def completion_nll(model, batch, compute):
 
 
 def main(config):
+    """The whole run: load, evaluate, train epoch by epoch, evaluate, save. Raises InputError."""
     evaluation.check_at_least(1, config, "num_epochs", "batch_size", "gradient_accumulation_steps", "max_seq_length", "eval_size",
                               "eval_batch_size", "max_completion_length")
     evaluation.check_at_least(0, config, "lora_r", "limit", "eval_every", "save_every")

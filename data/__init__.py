@@ -11,6 +11,7 @@ Every module turns its source into the same plain row, which is all that trainin
 import hashlib
 import inspect
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +26,16 @@ class InputError(Exception):
 @contextmanager
 def one_line_errors():
     """Around a script's main: an InputError, a full disk or memory running out is printed as one line and ends the process with exit
-    code 2, Ctrl-C with 130. Whatever else is raised is a bug and keeps its traceback.
+    code 2, Ctrl-C with 130, a closed pipe with 141. Whatever else is raised is a bug and keeps its traceback.
     """
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who read the output, `head` say, has left; as if SIGPIPE had ended the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        sys.exit(141)
     except Exception as error:
         text = str(error)
         if "No space left on device" in text or "os error 28" in text:  # the latter is safetensors'

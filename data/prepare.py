@@ -71,6 +71,7 @@ def export_verl(rows, split, path):
 
 
 def main(config):
+    """Writes train.jsonl and heldout.jsonl (and parquet files where asked for), and prints what they hold. Raises InputError."""
     train, heldout, counts = load_task(TASKS[config.task], config)
     name = Path(__file__).parent / "tiny" if config.tokenizer == "tiny" else config.tokenizer
     try:

@@ -141,10 +141,12 @@ def builtin_trial(generator):
 
 
 def trial_question(trial):
+    """The question about a trial: whether the drug reduces the event in the patients."""
     return f"Does {trial['drug']} reduce {trial['event']} in {trial['patients']}?"
 
 
 def trial_abstract(trial):
+    """The abstract of a trial, in one of three styles: arms, rates in per cent, p-value."""
     t = trial
     return (
         f"{t['size']} {t['patients']} received {t['drug']} or {t['control']}. {t['event'].capitalize()} was seen in "
@@ -166,6 +168,7 @@ def careless_reasoning(trial):
 
 
 def careless_label(trial):
+    """The label of the annotator who reads only the direction."""
     return "yes" if trial["drug_rate"] < trial["control_rate"] else "no"
 
 

@@ -98,6 +98,7 @@ def padded_batch(tokenizer, stream, size):
 
 
 def main(out, steps, batch_size, learning_rate, hidden, layers, seed):
+    """Trains the built-in model and its tokenizer from the built-in text and writes them into `out`."""
     torch.manual_seed(seed)
     streams = {"trials": (pubmedqa_demonstrations(seed), batch_size), "guesses": (guess_demonstrations(seed), batch_size),
                "facts": (textbook_demonstrations(seed), 4 * batch_size)}

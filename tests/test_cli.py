@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from conftest import ROOT, save_family
 from data import one_line_errors
 from test_data import SINGLE
 
-QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6", "--max_completion_length", "24"]
+QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6", "--max_completion_length", "24", "--limit", "200"]
 CONTRACT = ["config.json", "metrics.jsonl", "samples.jsonl", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "curves.png", "checkpoint", "model"]
 METRICS = ("step reward reward_correctness reward_format reward_std zero_std_groups accuracy kl clip_fraction entropy completion_length "
            "truncated grad_norm learning_rate num_tokens generate_seconds update_seconds peak_memory_gb").split()
@@ -93,7 +92,7 @@ def test_help_lists_every_knob_with_its_meaning(script, config):
 
 @pytest.mark.parametrize("file", ["pubmedqa_yesno.json", "pubmedqa_ori_pqal_500.json"])
 def test_real_abstracts(file, real_data, tmp_path):
-    assert in_process(*QUICK, "--model", "tiny", "--data", real_data / file, "--out", tmp_path / "run") == 0
+    assert in_process(*QUICK, "--limit", 0, "--model", "tiny", "--data", real_data / file, "--out", tmp_path / "run") == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(CONTRACT)
 
 
@@ -176,7 +175,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monke
     places = {"bad": "bad.json", "few": "few.json", "file": "file", "empty": "./empty", "half": "./half"}
     arguments = [argument.format(**places) for argument in arguments]
     defaults = [] if "--model" in arguments else ["--model", "tiny"]
-    defaults += [] if "--data" in arguments else ["--data", "builtin"]
+    defaults += [] if "--data" in arguments else ["--data", "builtin", "--limit", "600"]
     assert in_process(*defaults, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -189,6 +188,12 @@ def test_unknown_flag_and_no_traceback_in_a_real_process(tmp_path):
     assert done.returncode == 2 and "group_sze" in done.stderr and "Traceback" not in done.stderr
     done = command("grpo_pubmedqa.py", "--model", "tiny", "--data", "nowhere.json", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["grpo_pubmedqa.py", "eval.py"])
+def test_help_into_a_pipe_that_closes(script):
+    done = subprocess.run(f"{sys.executable} {ROOT / script} --help | head -1; echo ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141") and done.stdout.startswith("usage")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -237,7 +242,7 @@ def test_4bit_without_bitsandbytes_is_a_sentence(tmp_path, capsys, monkeypatch):
 # --- the folder of a run, kill and resume -------------------------------------------------------------------------------
 
 LONGER = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size", "4", "--eval_size", "6",
-          "--max_completion_length", "40", "--save_every", "2", "--eval_every", "3", "--ref_every", "3"]
+          "--max_completion_length", "40", "--save_every", "2", "--eval_every", "3", "--ref_every", "3", "--limit", "200"]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
 from test_lora import in_process
 
 QUICK = ["--model", "tiny", "--adapter", "none", "--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6",
-         "--max_completion_length", "24", "--eval_every", "0"]
+         "--max_completion_length", "24", "--eval_every", "0", "--limit", "200"]
 FILES = ["Complex diagnosis (analysis of difficult diseases).json", "ECG Knowledge (Basic Q&A).json", "Patient's right to know.json"]
 
 
@@ -197,7 +197,7 @@ def test_killed_and_resumed_is_the_same_run_bit_by_bit(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_real_file_trains_for_ten_steps(real_data, tmp_path, name):
-    assert in_process(grpo_ecg, *QUICK, "--steps", 10, "--data", real_data / name, "--eval_size", 10, "--out", tmp_path / "run") == 0
+    assert in_process(grpo_ecg, *QUICK, "--limit", 0, "--steps", 10, "--data", real_data / name, "--eval_size", 10, "--out", tmp_path / "run") == 0
     assert len(metrics(tmp_path / "run")) == 10
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,10 @@ import rewards
 import sft
 from conftest import ROOT, save_family
 from data import one_line_errors
-from test_cli import check_same_run, metrics, same_but_for_clocks
+from test_cli import metrics, same_but_for_clocks
 
 GRPO = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size", "4", "--eval_size", "4", "--warmup", "0",
-        "--max_completion_length", "24", "--save_every", "2", "--eval_every", "3", "--ref_every", "3", "--beta", "0.01"]
+        "--max_completion_length", "24", "--save_every", "2", "--eval_every", "3", "--ref_every", "3", "--beta", "0.01", "--limit", "200"]
 SFT = ["--model", "tiny", "--data", "builtin", "--task", "medmcqa", "--limit", "48", "--num_epochs", "2", "--eval_size", "4", "--batch_size", "16",
        "--max_completion_length", "24", "--eval_every", "3", "--save_every", "2"]
 RUNS = {grpo_pubmedqa: GRPO, grpo_medmcqa: [*GRPO, "--adapter", "none", "--resample_zero_std", "0", "--no_mask_truncated"],
