@@ -1,7 +1,7 @@
 """Speed, memory and learning, side by side in one run; the only place where performance is claimed.
 
     python tests/bench.py cpu                 a whole GRPO step of ours, of a padded loop, and of TRL where it is installed
-    python tests/bench.py cpu --settings A B C D E F --threads 1 2 --malloc default tuned    the whole table (about 75 minutes)
+    python tests/bench.py cpu --settings A B C D E F --threads 1 2 --malloc default tuned    the whole table (about 90 minutes)
     python tests/bench.py memory              peak memory of each, in a process of its own
     python tests/bench.py growth              step time against the group size and the completion length
     python tests/bench.py learning            the built-in model trained by ours and by TRL: accuracy against wall-clock
@@ -347,14 +347,15 @@ def has_trl():
 def cpu(arguments):
     contenders = arguments.contenders or (["ours", "padded"] + (["trl"] if has_trl() else []))
     results = []
-    print("| setting | threads | malloc | ours s | padded s | TRL s | / padded | / TRL | sampling / padded | update, share of GEMM |\n"
-          "|---|---|---|---|---|---|---|---|---|---|")
+    print("| setting | threads | malloc | ours s | sampling s (tokens/s) | update s (tokens/s) | padded s | TRL s | / padded | / TRL | sampling / padded "
+          "| update, share of GEMM |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
     for malloc in arguments.malloc:
         for threads in arguments.threads:
             for name in arguments.settings:
                 r = run_child(name, threads, arguments.rounds, contenders, malloc)
                 results.append(r)
                 cells = [f"{r[key]['step']:.2f}" if key in r else "-" for key in ("ours", "padded", "trl")]
+                cells[1:1] = [f"{r['ours'][part]:.2f} ({r['ours'][part + '_tokens_per_s']:.0f})" if "ours" in r else "-" for part in ("sampling", "update")]
                 cells += [f"{r[key]:.2f}" if r.get(key) else "-" for key in ("ratio_padded", "ratio_trl", "sampling_ratio_padded")]
                 print(f"| {name} | {threads} | {malloc} | {' | '.join(cells)} | {r.get('ours', {}).get('share_of_gemm', 0):.0%} |", flush=True)
     save(arguments, "cpu", results)
