@@ -179,6 +179,7 @@ def test_rewards_are_normalised_without_a_language_model_too(tmp_path, method, c
     assert "fluency" not in capsys.readouterr().out and len(metrics(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow  # test_survival.py has the short form
 def test_killed_and_resumed_is_the_same_run_bit_by_bit(tmp_path):
     flags = [*QUICK, "--steps", "6", "--save_every", "2"]
     assert command("grpo_ecg.py", *flags, "--out", tmp_path / "whole").returncode == 0

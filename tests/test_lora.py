@@ -197,6 +197,7 @@ def test_a_grpo_run_from_the_sft_adapter(grpo_run):
     assert json.loads((grpo_run / "config.json").read_text())["encoder"].endswith("MiniLM-L6-v2")  # as given, not as resolved
 
 
+@pytest.mark.slow  # test_survival.py has the short form
 @pytest.mark.parametrize("script, flags", [("sft.py", QUICK_SFT), ("grpo_medmcqa.py", [*QUICK, "--adapter", "none", "--steps", "6", "--save_every", "2"])])
 def test_killed_and_resumed_is_the_same_run_bit_by_bit(script, flags, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"

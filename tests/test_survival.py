@@ -155,12 +155,6 @@ def kill_and_resume(script, folder, kills, generator):
     return killed, inside
 
 
-def test_killed_at_random_and_inside_a_checkpoint_write(tmp_path):
-    process = start(grpo_pubmedqa, tmp_path / "whole")
-    assert process.communicate() and process.returncode == 0
-    assert kill_and_resume(grpo_pubmedqa, tmp_path / "run", 3, random.Random(0)) >= (3, 1)
-
-
 @pytest.mark.slow  # minutes
 @scripts
 def test_killed_many_times(script, tmp_path):
