@@ -441,8 +441,8 @@ BLOCK = 4096  # entries of the vocabulary whose logits are held at a time
 class ChosenLogps(torch.autograd.Function):
     """Log-probabilities of tokens and entropies, both [M], from hidden [M, h] and the output layer's weight [vocabulary, h].
 
-    Logits exist for BLOCK entries of the vocabulary at a time: sums over it are carried along as in flash attention,
-    and backward computes the logits again. d logp / d logits = onehot - softmax.
+    Logits exist for BLOCK entries of the vocabulary at a time: sums over it are carried along as in flash attention, and
+    backward computes the logits again, but for the last block, which is still there. d logp / d logits = onehot - softmax.
     """
 
     @staticmethod
@@ -469,7 +469,7 @@ class ChosenLogps(torch.autograd.Function):
         chosen = (hidden.float() * weight[tokens].float()).sum(dim=1) / temperature
         entropy = (normalizer - weighted / total)[:, 0]
         ctx.save_for_backward(hidden, weight, tokens, normalizer)
-        ctx.temperature, ctx.room = temperature, room
+        ctx.temperature, ctx.room, ctx.last_logits = temperature, room, logits
         ctx.mark_non_differentiable(entropy)
         return chosen - normalizer[:, 0], entropy
 
@@ -479,9 +479,12 @@ class ChosenLogps(torch.autograd.Function):
         grad = (grad_logps / ctx.temperature)[:, None]
         grad_hidden = grad * weight[tokens]
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # not under LoRA
-        for start in range(0, len(weight), BLOCK):
+        for start in reversed(range(0, len(weight), BLOCK)):
             some = weight[start:start + BLOCK]
-            softmax = ChosenLogps.logits(hidden, some, ctx.temperature, ctx.room).sub_(normalizer).exp_()
+            logits, ctx.last_logits = ctx.last_logits, None  # overwritten below, so good for once
+            if logits is None:
+                logits = ChosenLogps.logits(hidden, some, ctx.temperature, ctx.room)
+            softmax = logits.sub_(normalizer).exp_()
             grad_logits = softmax.mul_(-grad).to(weight.dtype)
             grad_hidden += grad_logits @ some
             if grad_weight is not None:

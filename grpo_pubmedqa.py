@@ -236,6 +236,8 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
     num_tokens = max(1, sum(int(mask.sum()) for mask in masks))  # denominators: the whole rollout's, for all its parts
     num_sequences = max(1, sum(int(mask.any(dim=1).sum()) for mask in masks))
     size = config.completions_per_forward or config.group_size
+    embedding = model.get_input_embeddings()
+    embedding.sparse = True  # gradients of lookups as the rows looked up, not as a matrix of the vocabulary's size for each pass
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "sampler_gap", "tokens"), 0.0)
     for group in groups:
         if group["zero_std"] and not config.beta:
@@ -265,6 +267,9 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
                         "sampler_gap": (gap.abs() * mask).sum().item(), "tokens": int(mask.sum())}
             sums = {key: sums[key] + watched[key] for key in sums}
         torch.autograd.backward(prompt, [leaf.grad for leaf in leaves])  # and send it through the prompt, once
+    embedding.sparse = False
+    if embedding.weight.grad is not None:
+        embedding.weight.grad = embedding.weight.grad.to_dense()
     return sums
 
 

@@ -354,7 +354,7 @@ def test_learning_rate_rises_peaks_and_falls_over_the_steps_of_the_launch():
 
 
 def test_output_layer_in_blocks_is_a_plain_log_softmax(monkeypatch):
-    """Values and gradients of ChosenLogps against autograd, with blocks that do not divide the vocabulary."""
+    """Values and gradients of ChosenLogps against autograd, with blocks that do not divide the vocabulary, also a second time."""
     monkeypatch.setattr(evaluation, "BLOCK", 7)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 5, generator=generator, requires_grad=True)
@@ -368,7 +368,9 @@ def test_output_layer_in_blocks_is_a_plain_log_softmax(monkeypatch):
             else:
                 distribution = (hidden @ weight.T / temperature).log_softmax(-1)
                 logps, entropy = distribution.gather(1, tokens[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
-            results.append([logps, entropy, *torch.autograd.grad((logps * upstream).sum(), (hidden, weight))])
+            loss = (logps * upstream).sum()
+            first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+            results.append([logps, entropy, *first, *second])
         for mine, plain in zip(*results):
             assert torch.allclose(mine, plain, atol=2e-5, rtol=1e-5)
 
