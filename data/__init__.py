@@ -112,10 +112,11 @@ def read_records(path):
         raise InputError(f"{path}: JSON nested too deeply to be a data file") from None
     if not records:
         raise InputError(f"{path} holds no rows")
+    surrogates = "\\ud" in text.lower()  # half a surrogate pair is JSON, but no text
     for where, record in records:
         if not isinstance(record, dict):
             raise InputError(f"{where}: a {type(record).__name__} where an object with named fields is needed")
-        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
+        if surrogates:
             try:
                 json.dumps(record, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:

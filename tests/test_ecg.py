@@ -64,7 +64,7 @@ def test_real_files_convert_with_the_counts_of_an_independent_reader(real_data, 
     starts = Counter(m[1].lower() for row in train + heldout if (m := re.match(r"(yes|no)\b", row["ground_truth"], re.I)))
     assert counts["are yes/no questions"] == sum(starts.values())
     assert not any("\u4e00" <= c <= "\u9fff" for row in train + heldout for c in row["ground_truth"] + row["extra"]["question"])
-    for row in (train + heldout)[::5]:
+    for row in train + heldout:
         result = rewards.compute_score("ecg_expert_qa", row["target"], row["ground_truth"], row["extra"])
         assert result["accuracy"] == result["format_ok"] == 1 and result["score"] == pytest.approx(1)
 

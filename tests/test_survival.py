@@ -155,6 +155,11 @@ def kill_and_resume(script, folder, kills, generator):
     return killed, inside
 
 
+def test_killed_at_random_and_inside_a_checkpoint_write(whole, tmp_path):
+    (tmp_path / "whole").symlink_to(whole(grpo_pubmedqa))
+    assert kill_and_resume(grpo_pubmedqa, tmp_path / "run", 3, random.Random(0)) >= (3, 1)
+
+
 @pytest.mark.slow  # minutes
 @scripts
 def test_killed_many_times(script, tmp_path):
