@@ -911,13 +911,16 @@ BAD_STEPS = 3  # so many in a row whose update had to be skipped end the run
 class Run:
     """The folder of a run: config.json, metrics.jsonl, samples.jsonl, eval_*.jsonl, summary.json, curves.png, checkpoint/."""
 
-    def __init__(self, script, config):
-        """config: the script's dataclass. Raises InputError where the folder holds another run, or another configuration."""
+    def __init__(self, script, config, panels=GRPO_PANELS):
+        """config: the script's dataclass; panels: of curves.png, [(title, unit, {label: metric})].
+
+        Raises InputError where the folder holds another run, or another configuration.
+        """
         if config.resume and not config.out:
             raise InputError("--resume needs --out DIR: the folder of the run to continue")
         self.rehearsal = tempfile.TemporaryDirectory() if config.dry_run else None  # gone when the process ends
         self.folder = Path(self.rehearsal.name) if config.dry_run else Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        self.script, self.lock, self.signal, self.wandb, self.finished, self.warned = script, None, None, None, False, False
+        self.script, self.panels, self.lock, self.signal, self.wandb, self.finished, self.warned = script, panels, None, None, None, False, False
         self.in_steps, self.saved = False, 0  # between the first step and the last; the last step in checkpoint/
         self.skipped, self.bad_step, self.in_a_row = Counter(), None, 0  # updates a step; the last step that had one
         self.watched, self.collapses = [], set()  # metrics of this launch; what was warned about
@@ -1007,6 +1010,8 @@ class Run:
             file.write(json.dumps(record) + "\n")
         if self.wandb and name == "metrics":
             self.wandb.log(record, step=record["step"])
+        if name == "metrics" and any(key.startswith("eval_") for key in record):
+            self.curves()  # a long run can be looked at while it goes on
         if self.rehearsal and name == "metrics" and record["step"] == 2:  # the first one warmed up
             self.end_rehearsal(record)
 
@@ -1044,7 +1049,9 @@ class Run:
     def stop_if_asked(self, bar, step):
         """Ends the process with 128 + signal after a SIGINT or SIGTERM; call it right after save_checkpoint."""
         if self.signal:
-            bar.close() if bar else None
+            if bar:
+                bar.close()
+                self.curves()
             self.close()
             print(f"stopped after step {step}; to go on, repeat the command with --out {self.folder} --resume")
             sys.exit(128 + self.signal)
@@ -1225,8 +1232,8 @@ class Run:
             bar.write(f"WARNING: step {metrics['step']}: {warnings[name]}")
             self.collapses.add(name)
 
-    def curves(self, panels=None):
-        """Draws curves.png from metrics.jsonl: what a person would look at first. panels: [(title, unit, {label: metric})]."""
+    def curves(self):
+        """Draws curves.png from metrics.jsonl: what a person would look at first."""
         records = self.read_records("metrics") if (self.folder / "metrics.jsonl").exists() else []
         if not records:
             return
@@ -1236,11 +1243,11 @@ class Run:
         for name, step in (("eval_before", 0), ("eval_after", records[-1]["step"])):
             if (self.folder / f"{name}.jsonl").exists():
                 points.append((step, summarize(self.read_records(name))["accuracy"]))
-        for record in records if not panels else ():
+        for record in records if self.panels is GRPO_PANELS else ():
             record["zero_std_share"] = record["zero_std_groups"] / self.config["prompts_per_step"]
-        panels = panels or GRPO_PANELS
-        figure = Figure(figsize=(12, 3.2 * math.ceil(len(panels) / 3)), layout="constrained")
-        for axis, (title, unit, series) in zip(figure.subplots(math.ceil(len(panels) / 3), 3).flat, panels):
+        lines = math.ceil(len(self.panels) / 3)
+        figure = Figure(figsize=(12, 3.2 * lines), layout="constrained")
+        for axis, (title, unit, series) in zip(figure.subplots(lines, 3).flat, self.panels):
             if title == "Reward":
                 parts = [key for key in records[0] if key.startswith("reward_") and key != "reward_std"]
                 series = {**series, **{key.removeprefix("reward_"): key for key in parts}}
@@ -1261,11 +1268,13 @@ class Run:
             axis.set_ylabel(unit)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=9)
-        figure.savefig(self.folder / "curves.png", dpi=80)
+        with self._writing("curves.png"):
+            figure.savefig(self.folder / "curves.png.new", format="png", dpi=80)
+            (self.folder / "curves.png.new").rename(self.folder / "curves.png")
 
-    def finish(self, summary, panels=None):
+    def finish(self, summary):
         """Draws the curves, writes summary.json, which marks the run as finished, and closes wandb."""
-        self.curves(panels)
+        self.curves()
         self._write("summary.json", json.dumps(summary, indent=1) + "\n")
         self.close()
         print(f"written: {self.folder}/ ({', '.join(sorted(path.name for path in self.folder.iterdir()))})")

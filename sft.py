@@ -132,7 +132,7 @@ def main(config):
     if not (config.learning_rate > 0 and config.max_grad_norm > 0):
         raise InputError("--learning_rate and --max_grad_norm must be more than 0")
     out = config.out or ("" if config.resume else f"runs/sft-{config.task}")  # --resume needs --out, which Run says
-    run = evaluation.Run("sft", replace(config, out=out))
+    run = evaluation.Run("sft", replace(config, out=out), PANELS)
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
@@ -235,7 +235,7 @@ def main(config):
     model.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
     run.finish({**comparison, "steps": steps, "seconds": time.time() - start, "seed": config.seed, "task": config.task,
-                "model": config.model, "data": config.data, "versions": evaluation.versions()}, PANELS)
+                "model": config.model, "data": config.data, "versions": evaluation.versions()})
 
 
 def parse(arguments=None):

@@ -271,6 +271,7 @@ def test_killed_and_resumed_is_the_same_run_bit_by_bit(number, uninterrupted, tm
     out, _ = process.communicate(timeout=120)
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number and f"--out {folder} --resume" in out
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "summary.json").exists()
     done = command("grpo_pubmedqa.py", *LONGER, "--out", folder, "--resume")
     assert done.returncode == 0, done.stderr
