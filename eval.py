@@ -52,6 +52,7 @@ import transformers
 import tyro
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
@@ -280,7 +281,7 @@ class SharedPromptCache(DynamicCache):
 
     def __init__(self, prompt, prompt_mask, n, room):
         super().__init__()
-        self.prompt, self.grid = prompt, (len(prompt_mask), n)
+        self.prompt, self.grid = [[x.flatten(0, 1) for x in pair] for pair in prompt], (len(prompt_mask), n)  # [P * KV heads, S, d]
         self.bias = None if prompt_mask.all() else torch.zeros_like(prompt_mask, dtype=torch.float32).masked_fill(
             prompt_mask == 0, -torch.inf)[:, None, None]  # added to the scores: [P, 1, 1, S]
         self.own = [[x.new_empty(len(x), x.shape[1], n, room, x.shape[3]) for x in pair] for pair in prompt]
@@ -288,10 +289,10 @@ class SharedPromptCache(DynamicCache):
         self.tokens = 0  # of each completion, the one that is being computed included
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Writes the new token of every row; returns the completions so far, [P, KV heads, n, tokens, d], as views."""
+        """Writes the new token of every row; returns the completions so far, [P * KV heads * n, tokens, d], as views."""
         for buffer, new in zip(self.own[layer_idx], (keys, values)):
-            buffer[:, :, :, self.tokens - 1:self.tokens] = self.to_grid(new, new.shape[1])
-        return [buffer[:, :, :, :self.tokens] for buffer in self.own[layer_idx]]
+            buffer.narrow(3, self.tokens - 1, 1).copy_(self.to_grid(new, new.shape[1]))
+        return [buffer.flatten(0, 2)[:, :self.tokens] for buffer in self.own[layer_idx]]
 
     def keep(self, rows):
         """Drops all rows but these; the grid shrinks to the prompts that still have some, and to the most that one has."""
@@ -300,15 +301,15 @@ class SharedPromptCache(DynamicCache):
         left, prompt, counts = old_prompt.unique(return_inverse=True, return_counts=True)
         if (len(left), int(counts.max())) == self.grid:
             return  # the places of the others stay empty
-        self.grid = (len(left), int(counts.max()))
+        old_prompts, self.grid = self.grid[0], (len(left), int(counts.max()))
         new_i = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[prompt]
         self.places = prompt * self.grid[1] + new_i
         for pair in self.own:
             for k, buffer in enumerate(pair):
                 pair[k] = buffer.new_empty(len(left), buffer.shape[1], self.grid[1], *buffer.shape[3:])
                 pair[k][prompt, :, new_i, :self.tokens] = buffer[old_prompt, :, i, :self.tokens]
-        if len(left) < len(self.prompt[0][0]):
-            self.prompt = [(keys[left], values[left]) for keys, values in self.prompt]
+        if len(left) < old_prompts:
+            self.prompt = [[x.unflatten(0, (old_prompts, -1))[left].flatten(0, 1) for x in pair] for pair in self.prompt]
             self.bias = self.bias if self.bias is None else self.bias[left]
 
     def to_grid(self, x, kv_heads):
@@ -318,8 +319,9 @@ class SharedPromptCache(DynamicCache):
         return x.view(*self.grid, kv_heads, -1, x.shape[-1]).transpose(1, 2)
 
     def to_rows(self, x):
-        """The way back, [N, 1, heads, d]."""
-        x = x.transpose(1, 2).reshape(self.grid[0] * self.grid[1], 1, -1, x.shape[-1])
+        """The way back, from [P * KV heads * n, heads of each, d] to [N, 1, heads, d]."""
+        (prompts, n), (_, heads, d) = self.grid, x.shape
+        x = x.view(prompts, -1, n, heads, d).transpose(1, 2).reshape(prompts * n, 1, -1, d)
         return x if len(x) == len(self.places) else x[self.places]
 
 
@@ -330,27 +332,47 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
     """
     (prompt_keys, prompt_values), bias = shared.prompt[module.layer_idx], shared.bias
     if sliding_window:  # the last `sliding_window` positions of prompt and completion
-        drop = max(0, prompt_keys.shape[2] + key.shape[3] - sliding_window)
-        key, value = (x[:, :, :, max(0, drop - prompt_keys.shape[2]):] for x in (key, value))
-        prompt_keys, prompt_values = prompt_keys[:, :, drop:], prompt_values[:, :, drop:]
+        drop = max(0, prompt_keys.shape[1] + key.shape[1] - sliding_window)
+        key, value = (x[:, max(0, drop - prompt_keys.shape[1]):] for x in (key, value))
+        prompt_keys, prompt_values = prompt_keys[:, drop:], prompt_values[:, drop:]
         bias = bias if bias is None else bias[..., drop:]
-    query = (shared.to_grid(query, key.shape[1]) * scaling).contiguous()  # [P, KV heads, n, query heads of each, d]
-    on_prompt, own = query.flatten(2, 3) @ prompt_keys.mT, (query @ key.mT).flatten(2, 3)
-    scores = torch.cat([on_prompt if bias is None else on_prompt + bias.to(on_prompt.dtype), own], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)  # [P, KV heads, n * heads, S + tokens]
-    on_prompt, own = weights.split([prompt_keys.shape[2], key.shape[3]], dim=-1)
-    output = (on_prompt @ prompt_values).view_as(query) + own.unflatten(2, query.shape[2:4]) @ value
-    return shared.to_rows(output), None  # [N, 1, heads, d]
+    query = (shared.to_grid(query, len(prompt_keys) // shared.grid[0]) * scaling).flatten(0, 2)  # [P * KV heads * n, heads of each, d]
+    on_prompt, own = torch.bmm(query.view(len(prompt_keys), -1, query.shape[2]), prompt_keys.mT), torch.bmm(query, key.mT)
+    if bias is not None:
+        on_prompt = (on_prompt.unflatten(0, (len(bias), -1)) + bias.to(on_prompt.dtype)).flatten(0, 1)
+    scores = torch.cat([on_prompt, own.view(*on_prompt.shape[:2], -1)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)  # [P * KV heads, n * heads of each, S + tokens]
+    on_prompt, own = weights.split([prompt_keys.shape[1], key.shape[1]], dim=-1)
+    output = torch.baddbmm(torch.bmm(on_prompt, prompt_values).view_as(query), own.reshape(*query.shape[:2], -1), value)
+    return shared.to_rows(output), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("shared_prompt", shared_prompt_attention)
 
 
+def group_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention of the G completions of one prompt, in transformers' form: query [G, heads, T, d], key and value [G, KV heads,
+    S + T, d], attention_mask the same for all of them or None. As transformers' "sdpa", but query heads that share a key
+    stand one after the other in the dimension of T, where "sdpa" repeats the keys, and there is one mask, not G.
+    """
+    if attention_mask is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, dropout, scaling, **kwargs)
+    query = query.unflatten(1, (key.shape[1], -1))  # [G, KV heads, heads of each, T, d]
+    mask = attention_mask[:1].repeat(1, 1, query.shape[2], 1)
+    output = torch.nn.functional.scaled_dot_product_attention(query.flatten(2, 3), key, value, mask, dropout, scale=scaling)
+    return output.unflatten(2, query.shape[2:4]).flatten(1, 2).transpose(1, 2).contiguous(), None  # [G, T, heads, d]
+
+
+ALL_ATTENTION_FUNCTIONS.register("group", group_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("group", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
 @contextmanager
-def attention(model, name):
-    """Within it the model uses another attention function."""
+def attention(model, name, instead_of=None):
+    """Within it the model uses another attention function; only if it is `instead_of` that it uses now, where that is given."""
     config = model.config.get_text_config()
-    usual, config._attn_implementation = config._attn_implementation, name
+    usual = config._attn_implementation
+    config._attn_implementation = name if instead_of in (None, usual) else usual
     try:
         yield
     finally:
@@ -382,29 +404,29 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
         hidden, position_ids = (x[:, -1:].repeat_interleave(n, dim=0) for x in (hidden, position_ids))
         active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)  # active: rows being written
-        for t in range(max_new_tokens):
-            logits = output_layer(hidden)[:, -1].float()
-            if temperature not in (0, 1):
-                logits = logits / temperature
-            probabilities = logits.softmax(dim=-1)
-            if temperature:  # one uniform number a row, looked up in the cumulative distribution
-                cumulative = probabilities.cumsum(dim=-1)
-                uniform = (1 - torch.rand(len(active), 1, generator=generator, device=device)) * cumulative[:, -1:]  # never 0
-                token = torch.searchsorted(cumulative, uniform).clamp_(max=logits.shape[1] - 1)  # beyond it where logits are NaN
-            else:
-                token = logits.argmax(dim=-1, keepdim=True)
-            completion_ids[active, t] = token[:, 0]
-            completion_mask[active, t] = True
-            logps[active, t] = probabilities.gather(1, token)[:, 0].log_()
-            going = (token != stops).all(dim=1)
-            if t == max_new_tokens - 1 or not going.any():
-                break
-            if not going.all():  # finished rows leave the batch
-                keep = going.nonzero()[:, 0]
-                active, token, position_ids = active[keep], token[keep], position_ids[keep]
-                cache.keep(keep)
-            position_ids, cache.tokens = position_ids + 1, t + 1
-            with attention(model, "shared_prompt"):
+        with attention(model, "shared_prompt"):
+            for t in range(max_new_tokens):
+                logits = output_layer(hidden)[:, -1].float()
+                if temperature not in (0, 1):
+                    logits = logits / temperature
+                probabilities = logits.softmax(dim=-1)
+                if temperature:  # one uniform number a row, looked up in the cumulative distribution
+                    cumulative = probabilities.cumsum(dim=-1)
+                    uniform = (1 - torch.rand(len(active), 1, generator=generator, device=device)) * cumulative[:, -1:]  # never 0
+                    token = torch.searchsorted(cumulative, uniform).clamp_(max=logits.shape[1] - 1)  # beyond it where logits are NaN
+                else:
+                    token = logits.argmax(dim=-1, keepdim=True)
+                completion_ids[active, t] = token[:, 0]
+                completion_mask[active, t] = True
+                logps[active, t] = probabilities.gather(1, token)[:, 0].log_()
+                going = (token != stops).all(dim=1)
+                if t == max_new_tokens - 1 or not going.any():
+                    break
+                if not going.all():  # finished rows leave the batch
+                    keep = going.nonzero()[:, 0]
+                    active, token, position_ids = active[keep], token[keep], position_ids[keep]
+                    cache.keep(keep)
+                position_ids, cache.tokens = position_ids + 1, t + 1
                 hidden = decoder(token, position_ids=position_ids, past_key_values=cache, shared=cache)[0]
     return completion_ids[:, :t + 1], completion_mask[:, :t + 1], logps[:, :t + 1]
 
@@ -436,6 +458,7 @@ def decode(tokenizer, completion_ids, completion_mask):
 
 
 BLOCK = 4096  # entries of the vocabulary whose logits are held at a time
+ROWS = 256  # rows that its sums take at a time, so that what they need stays in the processor's cache
 
 
 class ChosenLogps(torch.autograd.Function):
@@ -456,15 +479,18 @@ class ChosenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature):
         width = min(len(weight), BLOCK)
-        room, more_room = (torch.empty(len(hidden), width, device=hidden.device) for _ in range(2))
+        room, more_room = (torch.empty(rows, width, device=hidden.device) for rows in (len(hidden), ROWS))
         peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
         total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)  # sums of e = exp(logit - peak), and e * logit
         for some in weight.split(BLOCK):
             logits = ChosenLogps.logits(hidden, some, temperature, room)
             old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1, keepdim=True))
-            exp = torch.sub(logits, peak, out=more_room[:, :len(some)]).exp_()
-            total = total * (old_peak - peak).exp() + exp.sum(dim=1, keepdim=True)
-            weighted = weighted * (old_peak - peak).exp() + (exp[:, None] @ logits[:, :, None])[:, 0]
+            total *= (old_peak - peak).exp()
+            weighted *= (old_peak - peak).exp()
+            for x, its_peak, its_total, its_weighted in zip(*(y.split(ROWS) for y in (logits, peak, total, weighted))):
+                exp = torch.sub(x, its_peak, out=more_room[:len(x), :len(some)]).exp_()
+                its_total += exp.sum(dim=1, keepdim=True)
+                its_weighted += (exp[:, None] @ x[:, :, None])[:, 0]
         normalizer = peak + total.log()
         chosen = (hidden.float() * weight[tokens].float()).sum(dim=1) / temperature
         entropy = (normalizer - weighted / total)[:, 0]
@@ -825,14 +851,16 @@ def estimate_memory(config, prompt, question):
     if hasattr(config, "group_size"):
         group, length = config.completions_per_forward or config.group_size, config.max_completion_length
         new, rows, context = group * length, config.prompts_per_step * config.group_size, prompt + length
-        # every completion has its own copy of the prompt's keys and values, repeated for all query heads, and a mask of its own
-        activations = (layers + 1) * (prompt * (token + c * kv) + new * token + 2 * c * q * group * context + 4 * new * context)
+        # every completion has its own copy of the prompt's keys and values; queries that share a key lie in one row, with a mask for
+        # that row, and the attention's output goes back into the usual order
+        activations = (layers + 1) * (prompt * (token + c * kv) + new * (token + c * q) + c * kv * group * context
+                                      + 4 * 2 * q // kv * length * context)
         sampled = (config.prompts_per_step, rows, prompt)
     else:
         new, sampled = config.batch_size * prompt, (0, 0, 0)
         activations = (layers + 1) * new * (token + c * kv)
     update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
-              "activations": activations, "logits": 2 * 4 * new * min(vocabulary, BLOCK)}  # the two blocks of ChosenLogps
+              "activations": activations, "logits": (4 if c == 4 else 8 + c) * new * min(vocabulary, BLOCK)}  # the block of ChosenLogps
 
     def sampling(prompts, rows, longest):
         context = longest + config.max_completion_length

@@ -146,7 +146,8 @@ def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
     """
     group = [x.expand(len(completion_ids), -1, -1, -1) for x in prompt]
     inputs = torch.cat([prompt_ids[-1:].expand(len(completion_ids), 1), completion_ids[:, :-1]], dim=1)
-    hidden = model.get_decoder()(inputs, past_key_values=DynamicCache(zip(group[::2], group[1::2])), use_cache=True)[0]
+    with evaluation.attention(model, "group", instead_of="sdpa"):  # the same, without copies of keys for the heads that share them
+        hidden = model.get_decoder()(inputs, past_key_values=DynamicCache(zip(group[::2], group[1::2])), use_cache=True)[0]
     logps, entropy = evaluation.chosen_logps(model, hidden.flatten(0, 1), completion_ids.flatten(), temperature)
     return logps.view_as(completion_ids), entropy.view_as(completion_ids)
 

@@ -540,7 +540,7 @@ if __name__ == "__main__":
     parser.add_argument("--settings", nargs="+", default=["A", "B"], choices=list(SETTINGS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--malloc", nargs="+", default=["default"], choices=list(MALLOC))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contenders", nargs="+", choices=["ours", "padded", "trl"])
     parser.add_argument("--steps", type=int, default=40, help="of learning")
     parser.add_argument("--seed", type=int, default=1)

@@ -99,6 +99,21 @@ def test_sampler_trainer_and_plain_forward_agree(family, family_folder, temperat
         assert (entropy > 0).all() and (entropy < torch.tensor(float(model.config.vocab_size)).log()).all()
 
 
+@pytest.mark.parametrize("length", [1, 6])
+def test_attention_of_a_group_is_transformers_own(family, family_folder, length):
+    """token_logps with keys not repeated, against the model's eager attention, which it leaves alone; also for one token."""
+    results = []
+    for name in ("sdpa", "eager"):
+        model, tokenizer = evaluation.load_model(family_folder(family), "fp32", attn_implementation=name)[:2]
+        prompt_ids, ids = torch.tensor(random_prompts(tokenizer, [14])[0]), torch.tensor(random_prompts(tokenizer, [length] * 3, seed=1))
+        logps, entropy = grpo.token_logps(model, grpo.prompt_cache(model, prompt_ids), prompt_ids, ids, 1.0)
+        logps.sum().backward()
+        results.append([logps, entropy, *(p.grad for p in model.parameters())])
+        assert model.config.get_text_config()._attn_implementation == name
+    for mine, plain in zip(*results):
+        assert torch.allclose(mine, plain, atol=1e-4, rtol=1e-4)
+
+
 def test_sampling_follows_the_model_not_its_generation_config(family_folder):
     """qwen2's generation_config asks for top-k 3 and a repetition penalty: the frequencies must be the softmax's."""
     model, tokenizer = load(family_folder("qwen2"))
@@ -354,8 +369,9 @@ def test_learning_rate_rises_peaks_and_falls_over_the_steps_of_the_launch():
 
 
 def test_output_layer_in_blocks_is_a_plain_log_softmax(monkeypatch):
-    """Values and gradients of ChosenLogps against autograd, with blocks that do not divide the vocabulary, also a second time."""
+    """Values and gradients of ChosenLogps against autograd, with blocks that divide neither vocabulary nor rows, also a second time."""
     monkeypatch.setattr(evaluation, "BLOCK", 7)
+    monkeypatch.setattr(evaluation, "ROWS", 4)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 5, generator=generator, requires_grad=True)
     weight = (3 * torch.randn(30, 5, generator=generator)).requires_grad_()
