@@ -89,7 +89,7 @@ class Config:
 
 
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
-TINY = dict(steps=80, prompts_per_step=16, learning_rate=1e-4, beta=0.01, ref_every=25, max_completion_length=64,
+TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-4, beta=0.01, ref_every=25, max_completion_length=64,
             max_prompt_length=2048, eval_every=20)
 
 
