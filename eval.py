@@ -458,7 +458,7 @@ def decode(tokenizer, completion_ids, completion_mask):
 
 
 BLOCK = 4096  # entries of the vocabulary whose logits are held at a time
-ROWS = 256  # rows that its sums take at a time, so that what they need stays in the processor's cache
+ROWS = 256  # tokens whose logits are summed at a time, so that the exponentials stay in the processor's cache
 
 
 class ChosenLogps(torch.autograd.Function):
@@ -859,8 +859,9 @@ def estimate_memory(config, prompt, question):
     else:
         new, sampled = config.batch_size * prompt, (0, 0, 0)
         activations = (layers + 1) * new * (token + c * kv)
+    block = new * min(vocabulary, BLOCK)  # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come and converted
     update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
-              "activations": activations, "logits": (4 if c == 4 else 8 + c) * new * min(vocabulary, BLOCK)}  # the block of ChosenLogps
+              "activations": activations, "logits": (4 if c == 4 else 8 + c) * block}
 
     def sampling(prompts, rows, longest):
         context = longest + config.max_completion_length

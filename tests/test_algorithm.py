@@ -111,7 +111,7 @@ def test_attention_of_a_group_is_transformers_own(family, family_folder, length)
         results.append([logps, entropy, *(p.grad for p in model.parameters())])
         assert model.config.get_text_config()._attn_implementation == name
     for mine, plain in zip(*results):
-        assert torch.allclose(mine, plain, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(mine, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_sampling_follows_the_model_not_its_generation_config(family_folder):
