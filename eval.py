@@ -281,10 +281,11 @@ class SharedPromptCache(DynamicCache):
 
     def __init__(self, prompt, prompt_mask, n, room):
         super().__init__()
-        self.prompt, self.grid = [[x.flatten(0, 1) for x in pair] for pair in prompt], (len(prompt_mask), n)  # [P * KV heads, S, d]
-        self.bias = None if prompt_mask.all() else torch.zeros_like(prompt_mask, dtype=torch.float32).masked_fill(
-            prompt_mask == 0, -torch.inf)[:, None, None]  # added to the scores: [P, 1, 1, S]
+        self.prompt = [(keys.flatten(0, 1).mT.contiguous(), values.flatten(0, 1)) for keys, values in prompt]  # keys [P * KV heads, d, S]
+        bias = torch.zeros_like(prompt_mask, dtype=prompt[0][0].dtype).masked_fill(prompt_mask == 0, -torch.inf)
+        self.bias = bias.repeat_interleave(prompt[0][0].shape[1], dim=0)[:, None]  # added to the scores: [P * KV heads, 1, S]
         self.own = [[x.new_empty(len(x), x.shape[1], n, room, x.shape[3]) for x in pair] for pair in prompt]
+        self.grid = len(prompt_mask), n
         self.places = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)  # prompt * n + i, ascending
         self.tokens = 0  # of each completion, the one that is being computed included
 
@@ -292,7 +293,7 @@ class SharedPromptCache(DynamicCache):
         """Writes the new token of every row; returns the completions so far, [P * KV heads * n, tokens, d], as views."""
         for buffer, new in zip(self.own[layer_idx], (keys, values)):
             buffer.narrow(3, self.tokens - 1, 1).copy_(self.to_grid(new, new.shape[1]))
-        return [buffer.flatten(0, 2)[:, :self.tokens] for buffer in self.own[layer_idx]]
+        return [buffer.flatten(0, 2).narrow(1, 0, self.tokens) for buffer in self.own[layer_idx]]
 
     def keep(self, rows):
         """Drops all rows but these; the grid shrinks to the prompts that still have some, and to the most that one has."""
@@ -310,11 +311,11 @@ class SharedPromptCache(DynamicCache):
                 pair[k][prompt, :, new_i, :self.tokens] = buffer[old_prompt, :, i, :self.tokens]
         if len(left) < old_prompts:
             self.prompt = [[x.unflatten(0, (old_prompts, -1))[left].flatten(0, 1) for x in pair] for pair in self.prompt]
-            self.bias = self.bias if self.bias is None else self.bias[left]
+            self.bias = self.bias.unflatten(0, (old_prompts, -1))[left].flatten(0, 1)
 
     def to_grid(self, x, kv_heads):
         """[N, heads, 1, d], a row a completion, to [P, KV heads, n, heads of each, d]."""
-        if len(x) < self.grid[0] * self.grid[1]:
+        if x.shape[0] < self.grid[0] * self.grid[1]:
             x = x.new_zeros(self.grid[0] * self.grid[1], *x.shape[1:]).index_copy_(0, self.places, x)
         return x.view(*self.grid, kv_heads, -1, x.shape[-1]).transpose(1, 2)
 
@@ -322,28 +323,27 @@ class SharedPromptCache(DynamicCache):
         """The way back, from [P * KV heads * n, heads of each, d] to [N, 1, heads, d]."""
         (prompts, n), (_, heads, d) = self.grid, x.shape
         x = x.view(prompts, -1, n, heads, d).transpose(1, 2).reshape(prompts * n, 1, -1, d)
-        return x if len(x) == len(self.places) else x[self.places]
+        return x if x.shape[0] == self.places.shape[0] else x[self.places]
 
 
 def shared_prompt_attention(module, query, key, value, attention_mask, scaling, shared, sliding_window=None, **_):
     """Attention of one new token a row, in transformers' form: query [N, heads, 1, d], key and value as update returns them.
 
-    The scores on the prompt are products with its one copy of keys; no key is repeated for the query heads that share it.
+    No key is repeated: neither a prompt's for its completions, nor any for the query heads that share it.
     """
     (prompt_keys, prompt_values), bias = shared.prompt[module.layer_idx], shared.bias
     if sliding_window:  # the last `sliding_window` positions of prompt and completion
-        drop = max(0, prompt_keys.shape[1] + key.shape[1] - sliding_window)
-        key, value = (x[:, max(0, drop - prompt_keys.shape[1]):] for x in (key, value))
-        prompt_keys, prompt_values = prompt_keys[:, drop:], prompt_values[:, drop:]
-        bias = bias if bias is None else bias[..., drop:]
-    query = (shared.to_grid(query, len(prompt_keys) // shared.grid[0]) * scaling).flatten(0, 2)  # [P * KV heads * n, heads of each, d]
-    on_prompt, own = torch.bmm(query.view(len(prompt_keys), -1, query.shape[2]), prompt_keys.mT), torch.bmm(query, key.mT)
-    if bias is not None:
-        on_prompt = (on_prompt.unflatten(0, (len(bias), -1)) + bias.to(on_prompt.dtype)).flatten(0, 1)
-    scores = torch.cat([on_prompt, own.view(*on_prompt.shape[:2], -1)], dim=-1)
+        drop = max(0, prompt_values.shape[1] + key.shape[1] - sliding_window)
+        key, value = (x[:, max(0, drop - prompt_values.shape[1]):] for x in (key, value))
+        prompt_keys, prompt_values = prompt_keys[..., drop:], prompt_values[:, drop:]
+        bias = bias[..., drop:]
+    S, tokens = prompt_values.shape[1], value.shape[1]
+    query = (shared.to_grid(query, prompt_keys.shape[0] // shared.grid[0]) * scaling).flatten(0, 2)  # [P * KV heads * n, heads of each, d]
+    on_prompt = torch.baddbmm(bias, query.view(prompt_keys.shape[0], -1, query.shape[2]), prompt_keys)  # all queries on one copy
+    scores = torch.cat([on_prompt, torch.bmm(query, key.mT).view(*on_prompt.shape[:2], -1)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)  # [P * KV heads, n * heads of each, S + tokens]
-    on_prompt, own = weights.split([prompt_keys.shape[1], key.shape[1]], dim=-1)
-    output = torch.baddbmm(torch.bmm(on_prompt, prompt_values).view_as(query), own.reshape(*query.shape[:2], -1), value)
+    on_prompt, own = weights.narrow(2, 0, S), weights.narrow(2, S, tokens).reshape(*query.shape[:2], -1)
+    output = torch.baddbmm(torch.bmm(on_prompt, prompt_values).view_as(query), own, value)
     return shared.to_rows(output), None
 
 
@@ -392,7 +392,7 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or --max_completion_length where it was in "
               "training, --eval_batch_size where it was in evaluation")
     completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    completion_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+    completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
     logps = torch.zeros(rows, max_new_tokens, device=device)
     with memory_advice(advice), torch.inference_mode():
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
@@ -417,12 +417,12 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
                 else:
                     token = logits.argmax(dim=-1, keepdim=True)
                 completion_ids[active, t] = token[:, 0]
-                completion_mask[active, t] = True
                 logps[active, t] = probabilities.gather(1, token)[:, 0].log_()
                 going = (token != stops).all(dim=1)
                 if t == max_new_tokens - 1 or not going.any():
                     break
                 if not going.all():  # finished rows leave the batch
+                    completion_mask[active[~going], t + 1:] = False
                     keep = going.nonzero()[:, 0]
                     active, token, position_ids = active[keep], token[keep], position_ids[keep]
                     cache.keep(keep)

@@ -9,7 +9,8 @@
 
 A step is sampling, reference log-probs and mu = 2 updates with beta > 0. All contenders get the same model, prompts, lengths,
 rewards and thread count, and take turns within a process; figures are medians of --rounds turns after one that is not
-counted. Lengths are forced by a hook on the output layer, the same for all.
+counted. Sampling is short and the host's pauses are long, so ours and padded sample three times a turn, alternating, the first
+time as part of the step. Lengths are forced by a hook on the output layer, the same for all.
   ours    eval.generate and policy_gradient of grpo_pubmedqa.py, as the script calls them
   padded  model.generate on repeated prompts, one padded forward over the batch, completion positions projected only, no
           pass of its own for old log-probs: what a good plain loop does
@@ -159,10 +160,10 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
             optimizer.step()
             optimizer.zero_grad()
 
-    def step():
+    def step(update_too=True):
         sampled, sampling = timed(sample)
         assert sampled[1].sum(1).tolist() == bench.lengths
-        return sampling, timed(lambda: update(*sampled))[1]
+        return sampling, timed(lambda: update(*sampled))[1] if update_too else 0.0
 
     return step
 
@@ -210,9 +211,9 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
             optimizer.step()
             optimizer.zero_grad()
 
-    def step():
+    def step(update_too=True):
         ids, sampling = timed(sample)
-        return sampling, timed(lambda: update(ids))[1]
+        return sampling, timed(lambda: update(ids))[1] if update_too else 0.0
 
     return step
 
@@ -295,13 +296,15 @@ def update_flops(bench):
 def child_cpu(name, threads, rounds, contenders):
     """Measures one setting in this process; prints a JSON line."""
     torch.set_num_threads(threads)
-    bench, times, gemm = Bench(SETTINGS[name]), {}, []
+    bench, times, resampled, gemm = Bench(SETTINGS[name]), {}, {}, []
     steps = {key: make(bench) for key, make in (("ours", our_step), ("padded", padded_step)) if key in contenders}
 
     def others():
         gemm.append(gemm_rate())
         for key, step in steps.items():
             times.setdefault(key, []).append(step())
+        for key, step in 2 * [*steps.items()]:
+            resampled.setdefault(key, []).append(step(update_too=False)[0])
 
     if "trl" in contenders:
         times["trl"] = trl_steps(bench, others, rounds)
@@ -312,10 +315,12 @@ def child_cpu(name, threads, rounds, contenders):
     tokens = sum(bench.lengths)
     for key, pairs in times.items():
         pairs = pairs[1:]  # the first turn warms up
-        sampling, update = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        samplings = [pair[0] for pair in pairs] + resampled.get(key, [])[2:]
+        sampling, update = statistics.median(samplings), statistics.median(pair[1] for pair in pairs)
         result[key] = {"step": statistics.median(map(sum, pairs)), "sampling": sampling, "update": update,
                        "sampling_tokens_per_s": tokens / sampling, "update_tokens_per_s": MU * tokens / update,
-                       "all_steps": [round(sum(pair), 3) for pair in pairs]}
+                       "all_steps": [round(sum(pair), 3) for pair in pairs],
+                       "all_samplings": [round(seconds, 3) for seconds in samplings]}
     if "ours" in result:
         result["ours"]["share_of_gemm"] = update_flops(bench) / result["ours"]["update"] / statistics.median(gemm)
     for key in set(times) - {"ours"}:
