@@ -399,14 +399,14 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         prompt = DynamicCache()
-        decoder, output_layer = model.get_decoder(), model.get_output_embeddings()
+        decoder, output_weight = model.get_decoder(), model.get_output_embeddings().weight
         hidden = decoder(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt)[0]
         cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
         hidden, position_ids = (x[:, -1:].repeat_interleave(n, dim=0) for x in (hidden, position_ids))
         active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)  # active: rows being written
         with attention(model, "shared_prompt"):
             for t in range(max_new_tokens):
-                logits = output_layer(hidden)[:, -1].float()
+                logits = (output_weight @ hidden[:, -1].T).T.contiguous().float()  # for few rows faster on CPU than hidden @ weight.T
                 if temperature not in (0, 1):
                     logits = logits / temperature
                 probabilities = logits.softmax(dim=-1)
@@ -470,10 +470,11 @@ class ChosenLogps(torch.autograd.Function):
 
     @staticmethod
     def logits(hidden, weight, temperature, room):  # [M, some of the vocabulary], fp32
-        if weight.dtype != room.dtype:
-            logits = (hidden @ weight.T).float()
+        logits = room[:, :len(weight)]  # large new tensors are slow on CPU
+        if weight.dtype == room.dtype:
+            torch.mm(hidden, weight.T, out=logits)
         else:
-            logits = torch.mm(hidden, weight.T, out=room[:, :len(weight)])  # large new tensors are slow on CPU
+            logits.copy_(hidden @ weight.T)
         return logits if temperature == 1 else logits.div_(temperature)
 
     @staticmethod
@@ -859,9 +860,9 @@ def estimate_memory(config, prompt, question):
     else:
         new, sampled = config.batch_size * prompt, (0, 0, 0)
         activations = (layers + 1) * new * (token + c * kv)
-    block = new * min(vocabulary, BLOCK)  # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come and converted
+    block = new * min(vocabulary, BLOCK)  # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come, and their gradients
     update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
-              "activations": activations, "logits": (4 if c == 4 else 8 + c) * block}
+              "activations": activations, "logits": (4 if c == 4 else 4 + 2 * c) * block}
 
     def sampling(prompts, rows, longest):
         context = longest + config.max_completion_length

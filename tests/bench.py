@@ -10,7 +10,7 @@
 A step is sampling, reference log-probs and mu = 2 updates with beta > 0. All contenders get the same model, prompts, lengths,
 rewards and thread count, and take turns within a process; figures are medians of --rounds turns after one that is not
 counted. Sampling is short and the host's pauses are long, so ours and padded sample three times a turn, alternating, the first
-time as part of the step. Lengths are forced by a hook on the output layer, the same for all.
+time as part of the step. Lengths are forced: by a hook on the output layer, in ours (which has none to hook) where a token is drawn.
   ours    eval.generate and policy_gradient of grpo_pubmedqa.py, as the script calls them
   padded  model.generate on repeated prompts, one padded forward over the batch, completion positions projected only, no
           pass of its own for old log-probs: what a good plain loop does
@@ -29,6 +29,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -96,15 +97,19 @@ class Bench:
         """A frozen copy; for LoRA the base without its adapter (same seed), which is TRL's reference too."""
         return Bench({**self.s, "lora": False}).model().requires_grad_(False) if self.s["lora"] else copy.deepcopy(model).requires_grad_(False)
 
+    def ending(self, rows, t):
+        """Which of this many rows have token t as their last one. Rows that ended before have left, or are not read any more."""
+        alive = [n for n in self.lengths if n > t]
+        return [i for i, n in enumerate(alive if rows == len(alive) else self.lengths) if n == t + 1]
+
     def force_lengths(self, model):
-        """A switch {"on": bool}: while on, the output layer ends row i at its length and never before."""
+        """A switch {"on": bool, "t": 0}: while on, the output layer ends row i at its length and never before."""
         state = {"on": False, "t": 0}
 
         def hook(module, inputs, logits):
             if not state["on"]:
                 return
-            alive = [n for n in self.lengths if n > state["t"]]  # rows that ended have left, or are not read any more
-            ending = [i for i, n in enumerate(alive if logits.shape[0] == len(alive) else self.lengths) if n == state["t"] + 1]
+            ending = self.ending(len(logits), state["t"])
             logits[..., EOS] = -torch.inf
             if ending:
                 logits[ending, -1] = -torch.inf
@@ -132,17 +137,21 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad or "lora_" in name else parameter.data.to(weights)
     model.eval()
-    reference, force = (model if s["lora"] else bench.reference(model)) if beta else None, bench.force_lengths(model)
+    reference = (model if s["lora"] else bench.reference(model)) if beta else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     config = replace(grpo.Config(), beta=beta, mu=MU, group_size=s["G"], max_completion_length=s["completion"][1])
     scaler, generator = torch.amp.GradScaler(DEVICE.type, enabled=False), torch.Generator(DEVICE).manual_seed(0)
 
     def sample():
-        force.update(on=True, t=0)
-        with evaluation.autocast(compute):
-            result = evaluation.generate(model, bench.prompts, s["G"], max_new_tokens=s["completion"][1], stop_ids=[EOS], generator=generator)
-        force.update(on=False)
-        return result
+        search, t = torch.searchsorted, itertools.count()
+
+        def draw(cumulative, uniform):
+            tokens = search(cumulative, uniform).clamp_(min=EOS + 1)
+            tokens[bench.ending(len(tokens), next(t))] = EOS
+            return tokens
+
+        with evaluation.autocast(compute), mock.patch.object(torch, "searchsorted", draw):
+            return evaluation.generate(model, bench.prompts, s["G"], max_new_tokens=s["completion"][1], stop_ids=[EOS], generator=generator)
 
     def update(ids, mask, logps):
         advantages, groups = grpo.group_advantages(bench.rewards, "group").float().to(DEVICE), []
