@@ -867,7 +867,7 @@ def estimate_memory(config, prompt, question):
     def sampling(prompts, rows, longest):
         context = longest + config.max_completion_length
         return {"key-value cache": layers * c * kv * (prompts * longest + rows * config.max_completion_length),
-                "logits": 3 * 4 * rows * vocabulary,  # logits, probabilities, their cumulative sums
+                "logits": 5 * 4 * rows * vocabulary,  # logits, probabilities and cumulative sums; while they last, the next logits, twice
                 "activations": max(prompts * longest * (4 * h + q + kv + 3 * ffn) * c, 3 * 4 * rows * text.num_attention_heads * context)}
 
     evaluation = (config.eval_batch_size, config.eval_batch_size, question)
