@@ -62,9 +62,11 @@ class Config:
     mu: int = 1  # optimiser epochs over a rollout
     beta: float = 0.04  # weight of the KL to the reference; 0: no reference is made
     ref_every: int = 64  # steps after which the reference becomes a copy of the policy (0 = never)
+    kl_estimator: Literal["unbiased", "k3"] = "unbiased"  # its gradient: the KL's own, or that of the GRPO paper's form
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float = 0.2  # ... and above 1 + epsilon_high; larger than epsilon: clip-higher (DAPO)
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # mean over a sequence / all tokens / a constant
+    # mean over a sequence / all tokens / a constant / all tokens, the ratio a constant weight of at most epsilon_high
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "grpo"
     importance_level: Literal["token", "sequence"] = "token"  # a ratio a token, or one a sequence (GSPO)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
     mask_truncated: bool = False  # leave truncated completions out of the loss and of its denominators
@@ -141,34 +143,49 @@ def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
 
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens,
-              max_completion_length, epsilon, epsilon_high, beta, loss_type, importance_level, weights=None):
+              max_completion_length, epsilon, epsilon_high, beta, loss_type, importance_level,
+              kl_estimator="unbiased", weights=None):
     """GRPO loss of some completions of a rollout, and sums over their tokens of what one wants to watch.
 
     logps, old_logps, ref_logps (None where beta = 0), completion_mask, weights (importance weights, or None): [G, T];
     advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of the whole
     rollout, so the losses of its parts add up to its loss, however it is cut. Returns (loss, sums of kl, clip_fraction).
+
+    The numbers are TRL 1.16's for loss_type grpo, dapo, dr_grpo and cispo, token and sequence level, with
+    kl_estimator "unbiased" for its use_bias_correction_kl=True and "k3" for False. One difference is on purpose: at
+    sequence level "unbiased" takes the token's ratio, where TRL takes the sequence's (its issue 6594).
     """
-    mask, advantages = completion_mask.float(), advantages[:, None]
-    log_ratio = logps - old_logps
+    mask = completion_mask.float()
+    advantages = advantages[:, None]
+    token_ratio = (logps - old_logps).exp()
+    ratio = token_ratio
     if importance_level == "sequence":  # GSPO, arXiv:2507.18071: the geometric mean of the token ratios
-        log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    token_loss = -torch.min(ratio * advantages, clipped * advantages)  # PPO, arXiv:1707.06347, eq. 7
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        ratio = (((logps - old_logps) * mask).sum(dim=1, keepdim=True) / lengths).exp()
+    too_high = (ratio > (epsilon_high if loss_type == "cispo" else 1 + epsilon_high)) & (advantages > 0)
+    if loss_type == "cispo":  # arXiv:2506.13585: the ratio, capped, is a constant weight; no token loses its gradient
+        token_loss = -ratio.clamp(max=epsilon_high).detach() * advantages * logps
+        was_clipped = too_high
+    else:
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+        token_loss = -torch.min(ratio * advantages, clipped * advantages)  # PPO, arXiv:1707.06347, eq. 7
+        was_clipped = too_high | ((ratio < 1 - epsilon) & (advantages < 0))
     if weights is not None:
         token_loss = token_loss * weights
     kl = torch.zeros_like(logps)
     if beta:
         kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1  # k3 of http://joschu.net/blog/kl-approx.html
-        token_loss = token_loss + beta * kl
+        if kl_estimator == "unbiased":  # with the ratio its mean gradient is the reverse KL's, arXiv:2510.01555
+            token_loss = token_loss + beta * token_ratio * kl
+        else:
+            token_loss = token_loss + beta * kl
     token_loss = token_loss * mask
     if loss_type == "grpo":  # mean over each sequence's tokens, then over sequences
         loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_sequences
-    elif loss_type == "dapo":  # mean over all tokens, arXiv:2503.14476
+    elif loss_type in ("dapo", "cispo"):  # mean over all tokens, arXiv:2503.14476
         loss = token_loss.sum() / num_tokens
     else:  # dr_grpo: over a constant, so that long answers weigh no less
         loss = token_loss.sum() / (num_sequences * max_completion_length)
-    was_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
     return loss, {"kl": (kl.detach() * mask).sum().item(), "clip_fraction": (was_clipped * mask).sum().item()}
 
 
@@ -261,7 +278,7 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
                 group["advantages"][part], mask, num_sequences=num_sequences, num_tokens=num_tokens,
                 max_completion_length=config.max_completion_length, epsilon=config.epsilon,
                 epsilon_high=config.epsilon_high, beta=config.beta, loss_type=config.loss_type,
-                importance_level=config.importance_level,
+                importance_level=config.importance_level, kl_estimator=config.kl_estimator,
                 weights=gap.exp().clamp(max=config.importance_cap) if config.importance_cap else None)
             scaler.scale(loss).backward()
             watched |= {"loss": loss.item(), "entropy": (entropy * mask).sum().item(),

@@ -21,14 +21,15 @@ def tensor(name):
     return torch.tensor(TRL[name])
 
 
-@pytest.mark.parametrize("case", TRL["cases"], ids=lambda c: "-".join(str(v) for v in list(c.values())[:5]))
+@pytest.mark.parametrize("case", TRL["cases"], ids=lambda c: "-".join(str(v) for v in list(c.values())[:6]))
 def test_loss_and_gradient_are_trls(case):
     logps, mask = tensor("per_token_logps").requires_grad_(), tensor("completion_mask").bool()
     loss, _ = grpo.grpo_loss(
         logps, tensor("old_per_token_logps"), tensor("ref_per_token_logps"), torch.tensor(TRL["advantages"]["group"]), mask,
         num_sequences=len(mask), num_tokens=TRL["num_tokens"], max_completion_length=TRL["max_completion_length"],
         epsilon=case["epsilon"], epsilon_high=case["epsilon"] if case["epsilon_high"] is None else case["epsilon_high"],
-        beta=case["beta"], loss_type=case["loss_type"], importance_level=case["importance_sampling_level"])
+        beta=case["beta"], loss_type=case["loss_type"], importance_level=case["importance_sampling_level"],
+        kl_estimator="unbiased" if case["use_bias_correction_kl"] else "k3")
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-6)
     assert torch.allclose(logps.grad, torch.tensor(case["dloss_dlogp"]), atol=1e-6, rtol=0)
@@ -45,6 +46,105 @@ def test_advantages_are_trls(scale):
 def test_the_algorithm_block_is_the_same_in_all_scripts():
     blocks = [path.read_text().partition("# === shared: algorithm ===")[2].partition("# === end shared ===")[0] for path in SCRIPTS]
     assert blocks[0].strip() and all(block == blocks[0] for block in blocks)
+
+
+# --- the loss in every other setting, and the KL whose gradient is a KL's ----------------------------------------------
+
+
+def loss_by_the_book(logps, old_logps, ref_logps, advantages, mask, *, num_tokens, max_completion_length, epsilon, epsilon_high,
+                     beta, loss_type, importance_level, kl_estimator):
+    """The loss from its formulas in DESIGN 7, a token at a time, in double precision: no line in common with grpo_loss."""
+    sequences = []
+    for lp, old, ref, advantage, on in zip(logps, old_logps, ref_logps, advantages, mask):
+        counted = [t for t in range(len(on)) if on[t]]
+        sequence_ratio = torch.stack([lp[t] - old[t] for t in counted]).mean().exp()
+        terms = []
+        for t in counted:
+            token_ratio = torch.exp(lp[t] - old[t])
+            ratio = sequence_ratio if importance_level == "sequence" else token_ratio
+            if loss_type == "cispo":
+                gain = min(ratio.item(), epsilon_high) * advantage * lp[t]
+            else:
+                kept = min(max(ratio.item(), 1 - epsilon), 1 + epsilon_high)
+                gain = ratio * advantage if ratio.item() * advantage <= kept * advantage else torch.tensor(kept * advantage)
+            k3 = torch.exp(ref[t] - lp[t]) - (ref[t] - lp[t]) - 1
+            terms.append(beta * (k3 * token_ratio if kl_estimator == "unbiased" else k3) - gain)
+        sequences.append(torch.stack(terms))
+    if loss_type == "grpo":
+        return torch.stack([terms.mean() for terms in sequences]).mean()
+    total = torch.cat(sequences).sum()
+    return total / (len(sequences) * max_completion_length if loss_type == "dr_grpo" else num_tokens)
+
+
+@pytest.mark.parametrize("old", ["given", "the policy's own"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("epsilon_high", [None, 0.28, 3.0])
+@pytest.mark.parametrize("kl_estimator", ["unbiased", "k3"])
+@pytest.mark.parametrize("importance_level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
+def test_loss_and_gradient_in_every_setting(loss_type, importance_level, kl_estimator, epsilon_high, scale, old):
+    mask = tensor("completion_mask").bool()
+    setting = dict(num_tokens=TRL["num_tokens"], max_completion_length=TRL["max_completion_length"], epsilon=0.2,
+                   epsilon_high=0.2 if epsilon_high is None else epsilon_high, beta=0.04, loss_type=loss_type,
+                   importance_level=importance_level, kl_estimator=kl_estimator)
+    results = []
+    for double in (False, True):
+        logps = tensor("per_token_logps").to(torch.float64 if double else torch.float32).requires_grad_()
+        old_logps = logps.detach() if old != "given" else tensor("old_per_token_logps").to(logps.dtype)
+        ref_logps = tensor("ref_per_token_logps").to(logps.dtype)
+        if double:
+            loss = loss_by_the_book(logps, old_logps, ref_logps, TRL["advantages"][scale], mask, **setting)
+        else:
+            loss, _ = grpo.grpo_loss(logps, old_logps, ref_logps, torch.tensor(TRL["advantages"][scale]), mask,
+                                     num_sequences=len(mask), **setting)
+        loss.backward()
+        results.append((loss.item(), logps.grad.double()))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6, rtol=0)
+
+
+def test_the_unbiased_estimators_expected_gradient_is_that_of_the_reverse_kl():
+    """A policy over a vocabulary of 5 and answers of 2 tokens, all 25 of them summed with their probabilities.
+
+    The exact value is the sum over positions of KL(policy || reference) after each prefix, prefixes weighted as sampled
+    (constants, as in every token-level policy gradient). k3 as it stands misses its gradient by 0.638 of its size here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    V = 5
+    first, second = (torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((V,), (V, V)))
+    ref_first, ref_second = (torch.randn(*shape, generator=generator, dtype=torch.float64).log_softmax(-1) for shape in ((V,), (V, V)))
+
+    def gradient(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, (first, second))])
+
+    logp_first, logp_second = first.log_softmax(-1), second.log_softmax(-1)
+    prefix = logp_first.detach().exp()
+    exact = gradient((logp_first.exp() * (logp_first - ref_first)).sum()
+                     + (prefix[:, None] * logp_second.exp() * (logp_second - ref_second)).sum())
+    found = {}
+    for kl_estimator in ("unbiased", "k3"):
+        expected = 0.0
+        for a in range(V):
+            for b in range(V):
+                logps = torch.stack([first.log_softmax(-1)[a], second.log_softmax(-1)[a, b]])[None]
+                ref_logps = torch.stack([ref_first[a], ref_second[a, b]])[None]
+                loss, _ = grpo.grpo_loss(
+                    logps, logps.detach(), ref_logps, torch.zeros(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool),
+                    num_sequences=1, num_tokens=2, max_completion_length=1, epsilon=0.2, epsilon_high=0.2, beta=1.0,
+                    loss_type="dr_grpo", importance_level="token", kl_estimator=kl_estimator)
+                expected = expected + logps.detach().sum().exp() * loss
+        found[kl_estimator] = gradient(expected)
+    assert (found["unbiased"] - exact).abs().max() < 1e-6
+    assert ((found["k3"] - exact).norm() / exact.norm()).item() == pytest.approx(0.638, abs=0.001)
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens():
+    logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    loss, watched = grpo.grpo_loss(logps, logps.detach() - 3, None, torch.ones(1), torch.ones(1, 2, dtype=torch.bool), num_sequences=1,
+                                   num_tokens=2, max_completion_length=2, epsilon=0.2, epsilon_high=5.0, beta=0.0,
+                                   loss_type="cispo", importance_level="token")
+    loss.backward()
+    assert logps.grad.tolist() == [[-2.5, -2.5]] and watched["clip_fraction"] == 2  # capped at 5, not cut off
 
 
 # --- log-probabilities on models of five families ---------------------------------------------------------------------
