@@ -1,6 +1,7 @@
 """Sources, rows, splits: real formats in, the same plain rows out."""
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,44 @@ def test_maybe_is_a_knob(tmp_path):
     assert Counter(r["ground_truth"] for r in rows)["maybe"] == 1 and "yes, no or maybe" in rows[0]["prompt"][0]["content"]
     with pytest.raises(InputError, match="yes/no only"):
         pubmedqa.load_rows("builtin", maybe=True)
+
+
+def official_file(n_others=500):
+    """A file in the official form: the 500 test PMIDs with the real label counts, and as many other rows."""
+    pmids = json.loads((Path(pubmedqa.__file__).parent / "pubmedqa_test_pmids.json").read_text())
+    labels = ["yes"] * 276 + ["no"] * 169 + ["maybe"] * 55
+    rows = {}
+    for i in range(n_others):
+        rows[str(100 + i)] = {**OFFICIAL["1001"], "QUESTION": f"Does other {i} help?", "final_decision": labels[i]}
+        rows[str(pmids[i])] = {**OFFICIAL["1001"], "QUESTION": f"Does tested {i} help?", "final_decision": labels[i]}
+    return rows, {f"pubmedqa:{pmid}": label for pmid, label in zip(pmids, labels)}
+
+
+@pytest.mark.parametrize("maybe", [False, True])
+def test_the_official_test_questions_are_held_out_and_nothing_else(tmp_path, maybe):
+    content, tested = official_file()
+    train, heldout, counts = pubmedqa.load_rows(write(tmp_path / "ori_pqal.json", content), maybe=maybe)
+    assert {row["id"] for row in heldout} == {row_id for row_id, label in tested.items() if maybe or label != "maybe"}
+    assert len(train) == len(heldout) == (500 if maybe else 445) == counts["held out: questions of the official test set"]
+    assert not {row["extra"]["question"] for row in train} & {row["extra"]["question"] for row in heldout}
+    order = [row["id"] for row in heldout]
+    assert order != sorted(order) and order != list(tested)  # so that --eval_size takes a random sample
+
+
+def test_a_test_question_under_another_id_is_not_trained_on(tmp_path):
+    content, tested = official_file()
+    content = {"7": {**OFFICIAL["1001"], "QUESTION": "does tested 0 help"}, **content}
+    train, heldout, counts = pubmedqa.load_rows(write(tmp_path / "f.json", content), maybe=True)
+    assert {row["id"] for row in heldout} == set(tested) and "pubmedqa:7" not in {row["id"] for row in train}
+    assert counts["dropped: question occurs before"] == 1
+
+
+def test_hub_rows_know_the_official_test_set_too(monkeypatch):
+    content, tested = official_file()
+    hub = [{**HUB[1], "pubid": int(pmid), "question": row["QUESTION"], "final_decision": row["final_decision"]}
+           for pmid, row in content.items()]
+    monkeypatch.setattr(pubmedqa, "read_hub", lambda name, config: [(f"row {i}", r) for i, r in enumerate(hub)])
+    assert {row["id"] for row in pubmedqa.load_rows("hub", maybe=True)[1]} == set(tested)
 
 
 def test_own_fields_and_system_prompt(tmp_path):
