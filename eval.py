@@ -3,7 +3,7 @@
     python eval.py --task pubmedqa --model runs/my-run/model --data hub --out runs/eval-mine
 
 scores a model on the held-out questions of a dataset: greedy accuracy with its 95% interval, the majority baseline, macro-F1,
-format rate, and pass@1 over --samples sampled answers. It writes eval.jsonl (a line an example) and summary.json.
+format rate, and pass@k and maj@N of --samples N sampled answers. It writes eval.jsonl (a line an example) and summary.json.
 
     python eval.py --task medmcqa --models base=M sft=M+ADAPTER grpo=M+ADAPTER --mode both --out runs/compare
 
@@ -583,6 +583,42 @@ def macro_f1(truths, answers):
     return sum(scores) / len(scores)
 
 
+def pass_at_k(n, correct, k):
+    """Probability that at least one of k answers is right, estimated without bias from n of which `correct` are: one
+    minus the share of the subsets of k that hold none (Chen et al. 2021, arXiv:2107.03374, eq. 1). k at most n.
+    """
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority_vote(answers, ground_truth):
+    """Accuracy of the commonest of the answers, 0 to 1; answers that could not be parsed ("") do not vote.
+
+    Where several are commonest one of them is drawn, so the right one among t counts 1 / t (expected accuracy).
+    """
+    votes = Counter(answer for answer in answers if answer)
+    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return (ground_truth in winners) / len(winners) if winners else 0.0
+
+
+def summarize_samples(records):
+    """What several sampled answers a question show: samples (N), mean_accuracy, pass_at_k {k: value} for k = 1, 2, 4, ...
+    and N; where answers are labels also maj_at_n and guess_pass_at_k, what guessing evenly among the classes would get.
+
+    records: with sampled_accuracy and sampled_answers, lists of N each.
+    """
+    n = len(records[0]["sampled_accuracy"])
+    ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+    correct = [int(sum(r["sampled_accuracy"])) for r in records]
+    mean_accuracy = sum(correct) / (n * len(records))
+    summary = {"samples": n, "mean_accuracy": mean_accuracy, "pass_at_1": mean_accuracy,
+               "pass_at_k": {str(k): fmean(pass_at_k(n, c, k) for c in correct) for k in ks}}
+    if "rule" not in records[0]:
+        classes = len({r["ground_truth"] for r in records})
+        summary["maj_at_n"] = fmean(majority_vote(r["sampled_answers"], r["ground_truth"]) for r in records)
+        summary["guess_pass_at_k"] = {str(k): 1 - (1 - 1 / classes)**k for k in ks}
+    return summary
+
+
 def score_completions(texts, rows, **free_text):
     """The score dict of each completion of its row; free_text: knobs of rewards.compute_scores, where rows are of that kind."""
     source = rows[0]["data_source"]
@@ -593,11 +629,11 @@ def score_completions(texts, rows, **free_text):
 
 def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0,
              title="eval", score=score_completions):
-    """Answers every row greedily, and `samples` times at `temperature` for pass@1, and scores the answers strictly.
+    """Answers every row greedily, and `samples` times at `temperature` for pass@k, and scores the answers strictly.
 
     rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of score dicts. Returns
     a record an example, in the order of `rows`: id, ground_truth, the keys of those dicts, length (tokens), truncated,
-    completion, and with samples sampled_accuracy (a list).
+    completion, and with samples sampled_accuracy and sampled_answers (lists).
     """
     stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # alike lengths together: less padding
@@ -619,7 +655,9 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
                           "length": length, "truncated": int(ids[j, length - 1]) not in stops, "completion": text}
         if samples:
             for j, scored in enumerate(score(decode(tokenizer, *sampled), [row for row in own for _ in range(samples)])):
-                records[batch[j // samples]].setdefault("sampled_accuracy", []).append(scored["accuracy"])
+                record = records[batch[j // samples]]
+                record.setdefault("sampled_accuracy", []).append(scored["accuracy"])
+                record.setdefault("sampled_answers", []).append(scored["answer"])
     return records
 
 
@@ -665,11 +703,12 @@ FREE_TEXT_PARTS = ("findings", "tokens", "similarity", "fluency", "format", "bre
 
 
 def summarize(records):
-    """The summary of evaluate's or option_likelihoods' records: accuracy with accuracy_ci95 (Wilson), n, majority_accuracy (of
-    always giving the commonest class), macro_f1, answers (how often each was given); of generated answers format_rate,
-    mean_length (tokens) and truncated (share); pass_at_1 (mean accuracy of the sampled answers) where there are samples;
-    by_subject ({subject: n, accuracy, accuracy_ci95}) where there are subjects. Of free text, which has no classes, score and
-    parts (each mean with its bootstrap interval) instead of majority_accuracy, macro_f1 and answers.
+    """The summary of evaluate's or option_likelihoods' records: accuracy with accuracy_ci95 (Wilson), n, majority_accuracy
+    (of always giving majority_class, the commonest class or letter of these rows), macro_f1, answers (how often each was
+    given); of generated answers format_rate, mean_length (tokens) and truncated (share); what summarize_samples says where
+    there are samples; by_subject ({subject: n, accuracy, accuracy_ci95, majority_accuracy}) where there are subjects.
+    Of free text, which has no classes, score and parts (each mean with its bootstrap interval) instead of
+    majority_accuracy, macro_f1 and answers.
     """
     truths, answers, n = [r["ground_truth"] for r in records], [r["answer"] for r in records], len(records)
     correct = int(sum(r["accuracy"] for r in records))
@@ -680,22 +719,27 @@ def summarize(records):
         parts = {name: {"mean": fmean(values), "ci95": bootstrap_interval(values)} for name, values in parts.items()}
         summary |= {"score": parts["score"]["mean"], "score_ci95": parts.pop("score")["ci95"], "parts": parts}
     else:
-        summary |= {"majority_accuracy": max(Counter(truths).values()) / n, "macro_f1": macro_f1(truths, answers)}
+        [(majority_class, count)] = Counter(truths).most_common(1)
+        summary |= {"majority_class": majority_class, "majority_accuracy": count / n, "macro_f1": macro_f1(truths, answers)}
     if "length" in records[0]:
         summary |= {"format_rate": sum(r["format_ok"] for r in records) / n, "mean_length": sum(r["length"] for r in records) / n,
                     "truncated": sum(r["truncated"] for r in records) / n}
     if "macro_f1" in summary:
         summary["answers"] = dict(Counter(a or "none" for a in answers).most_common())
     if "sampled_accuracy" in records[0]:
-        summary["samples"] = len(records[0]["sampled_accuracy"])
-        summary["pass_at_1"] = sum(sum(r["sampled_accuracy"]) for r in records) / (n * summary["samples"])
+        summary |= summarize_samples(records)
     by_subject = {}
     for record in records:
-        by_subject.setdefault(record.get("subject"), []).append(record["accuracy"])
+        by_subject.setdefault(record.get("subject"), []).append(record)
     if any(by_subject):
-        summary["by_subject"] = {
-            subject or "none": {"n": len(own), "accuracy": fmean(own), "accuracy_ci95": wilson_interval(sum(own), len(own))}
-            for subject, own in sorted(by_subject.items(), key=lambda pair: -len(pair[1]))}
+        summary["by_subject"] = {}
+        for subject, group in sorted(by_subject.items(), key=lambda pair: -len(pair[1])):
+            correct = sum(record["accuracy"] for record in group)
+            entry = {"n": len(group), "accuracy": correct / len(group), "accuracy_ci95": wilson_interval(correct, len(group))}
+            if "majority_class" in summary:
+                classes = Counter(record["ground_truth"] for record in group)
+                entry["majority_accuracy"] = max(classes.values()) / len(group)
+            summary["by_subject"][subject or "none"] = entry
     return summary
 
 
@@ -705,12 +749,22 @@ def describe(summary):
     low, high = summary[f"{name}_ci95"]
     text = f"{name} {summary[name]:.3f} [{low:.3f}, {high:.3f}] on {summary['n']}"
     text += f", findings F1 {summary['parts']['findings']['mean']:.3f}, all right {summary['accuracy']:.3f}" if free_text else (
-        f" (majority {summary['majority_accuracy']:.3f})")
-    text += f", pass@1 {summary['pass_at_1']:.3f} over {summary['samples']}" if "samples" in summary else ""
+        f" (always {summary['majority_class']!r}: {summary['majority_accuracy']:.3f})")
+    text += f"; {describe_samples(summary)}" if "samples" in summary else ""
     text += "" if free_text else f", macro-F1 {summary['macro_f1']:.3f}"
     if "format_rate" in summary:
         text += f", format {summary['format_rate']:.3f}, {summary['mean_length']:.0f} tokens"
     return text + ("" if free_text else f", answers {summary['answers']}")
+
+
+def describe_samples(summary):
+    """The console's words for what summarize_samples found."""
+    n = summary["samples"]
+    text = f"{n} samples each: mean accuracy {summary['mean_accuracy']:.3f}, " + ", ".join(
+        f"pass@{k} {value:.3f}" for k, value in summary["pass_at_k"].items())
+    if "maj_at_n" in summary:
+        text += f", maj@{n} {summary['maj_at_n']:.3f} (guessing: pass@{n} {summary['guess_pass_at_k'][str(n)]:.3f})"
+    return text
 
 
 # === report.html ======================================================================================================
@@ -738,6 +792,50 @@ def _bars(mode, summaries):
             f'<small>Whiskers: 95% interval.{below}</small></figure>')
 
 
+def _sample_curves(summaries):
+    """One figure: pass@k against k, a line a head; k on a scale of doublings. Guessing, where there are classes, dashed."""
+    width, height = 400, 200
+    n = max(s["samples"] for s in summaries.values())
+
+    def path(values):
+        points = (f"{width * math.log2(int(k)) / max(1, math.log2(n)):.1f} {height * (1 - v):.1f}"
+                  for k, v in values.items())
+        return "M" + "L".join(points)
+
+    parts = [f'<path class="grid" d="M0 {height * (1 - share / 100):g}H{width}"/>'
+             f'<text x="-6" y="{height * (1 - share / 100) + 5:g}" text-anchor="end">{share}%</text>' for share in range(0, 101, 25)]
+    first = next(iter(summaries.values()))
+    for k in first["pass_at_k"]:
+        x = width * math.log2(int(k)) / max(1, math.log2(n))
+        parts.append(f'<text x="{x:.1f}" y="{height + 20}" text-anchor="middle">{k}</text>')
+    if "guess_pass_at_k" in first:
+        parts.append(f'<path class="majority line" d="{path(first["guess_pass_at_k"])}"/>')
+    labels = sorted(((s["pass_at_k"][max(s["pass_at_k"], key=int)], name) for name, s in summaries.items()), reverse=True)
+    free = 0.0  # the lowest line that a label may stand on: two heads can end at the same height
+    for number, (value, name) in enumerate(labels):
+        free = max(free + 17 * (number > 0), height * (1 - value) + 5)
+        parts.append(f'<text x="{width + 8}" y="{free:.1f}">{html.escape(name)}</text>')
+    parts += [f'<path class="line line{number % 4}" d="{path(s["pass_at_k"])}"/>' for number, s in enumerate(summaries.values())]
+    below = " Dashed: guessing evenly among the classes." if "guess_pass_at_k" in first else ""
+    return (f'<figure><figcaption>pass@k: at least one of k samples is right</figcaption>'
+            f'<svg viewBox="-52 -10 {width + 160} {height + 40}" role="img" aria-label="Lines of pass@k against k; the numbers '
+            f'are in the table of sampled answers">{"".join(parts)}</svg><small>k samples a question.{below}</small></figure>')
+
+
+def _samples_table(summaries):
+    """What each head's sampled answers show, and what guessing would."""
+    first = next(iter(summaries.values()))
+    ks = list(first["pass_at_k"])
+    votes = "maj_at_n" in first
+    columns = ["head", "mean accuracy", *(f"pass@{k}" for k in ks if k != "1"), *([f"maj@{first['samples']}"] if votes else [])]
+    lines = [[html.escape(name), f"{s['mean_accuracy']:.1%}", *(f"{s['pass_at_k'][k]:.1%}" for k in ks if k != "1"),
+              *([f"{s['maj_at_n']:.1%}"] if votes else [])] for name, s in summaries.items()]
+    if votes:
+        guess = first["guess_pass_at_k"]
+        lines.append(["guessing", f"{guess['1']:.1%}", *(f"{guess[k]:.1%}" for k in ks if k != "1"), f"{guess['1']:.1%}"])
+    return _table(f"Sampled answers ({first['samples']} a question)", columns, lines)
+
+
 def headline(summary):
     """(value, interval) of what a summary is about: the score of free text, the accuracy of everything else."""
     name = "score" if "score" in summary else "accuracy"
@@ -757,7 +855,8 @@ def report_html(title, heads, rows, paired=()):
     """One self-contained page that compares model heads on the same questions: chart, tables, and each question to read.
 
     heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; summary: accuracy, accuracy_ci95, n,
-    majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated answers, format_rate, mean_length; of
+    majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated answers, format_rate, mean_length, and
+    what summarize_samples gives; of
     free text score, score_ci95 and parts.
     rows: {"id", "question", "options", "ground_truth", "subject", "answers": {name: {"answer", "accuracy", "completion"}}}.
     paired: {"before", "after", "mode", "only_before", "only_after", "p_value"}, names of heads and counts of questions.
@@ -777,6 +876,10 @@ def report_html(title, heads, rows, paired=()):
     def score(s):
         return "{:.1%} <small>({:.1%} to {:.1%})</small>".format(s["accuracy"], *s["accuracy_ci95"]) if s else "–"
 
+    def majority(s):
+        named_class = f" <small>always {html.escape(s['majority_class'])}</small>" if "majority_class" in s else ""
+        return f"{s['majority_accuracy']:.1%}{named_class}" if "majority_accuracy" in s else "–"
+
     def count(p, kind, key):
         view = quote(f"{kind}: {p['before']} → {p['after']}")
         return f'<a href="#filter={view}">{p[key]}</a>' if p["mode"] == "generated" else p[key]
@@ -786,8 +889,8 @@ def report_html(title, heads, rows, paired=()):
         return f"{html.escape(better)} is better" if p["p_value"] < 0.05 else "no difference shown"
 
     tables = _table("Heads", ["head", "all right (95% interval)" if free_text else "accuracy (95% interval)", "questions",
-                              "majority", "format", "mean length"], [
-        [named(name, mode), score(s), s["n"], f"{s['majority_accuracy']:.1%}" if "majority_accuracy" in s else "–",
+                              "commonest answer", "format", "mean length"], [
+        [named(name, mode), score(s), s["n"], majority(s),
          f"{s['format_rate']:.1%}" if "format_rate" in s else "–", f"{s['mean_length']:.1f}" if "mean_length" in s else "–"]
         for mode, summaries in modes.items() for name, s in summaries.items()])
     if free_text:
@@ -796,6 +899,9 @@ def report_html(title, heads, rows, paired=()):
             [part, *("{:.3f} <small>({:.3f} to {:.3f})</small>".format(value, *interval) for value, interval in (
                 headline(s) if part == "score" else (s["parts"][part]["mean"], s["parts"][part]["ci95"]) for s in summaries.values()))]
             for part in ("score", *next(iter(summaries.values()))["parts"])])
+    sampled = {name: s for name, s in modes.get("generated", {}).items() if "pass_at_k" in s}
+    if sampled:
+        tables += _samples_table(sampled)
     if paired:
         tables += _table(f"Paired tests ({words[2]})", ["before → after", *words[:2], *["ties"] * free_text, "p", "verdict"], [
             [named(f"{p['before']} → {p['after']}", p["mode"]), count(p, words[0], "only_after"),
@@ -803,13 +909,15 @@ def report_html(title, heads, rows, paired=()):
     mode, summaries = next(iter(modes.items()))
     sizes = {subject: part["n"] for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
     if sizes:
-        tables += _table(f"By subject: {MODES[mode]}", ["subject", "questions", *map(html.escape, summaries)], [
-            [html.escape(subject), sizes[subject], *(score(s.get("by_subject", {}).get(subject)) for s in summaries.values())]
+        baselines = {subject: majority(part) for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
+        tables += _table(f"By subject: {MODES[mode]}", ["subject", "questions", "commonest answer", *map(html.escape, summaries)], [
+            [html.escape(subject), sizes[subject], baselines[subject],
+             *(score(s.get("by_subject", {}).get(subject)) for s in summaries.values())]
             for subject in sorted(sizes, key=lambda subject: (-sizes[subject], subject))])
     page = Template((Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8"))
     return page.substitute(
         title=html.escape(title), what="Score" if free_text else "Accuracy", intro=f"How {html.escape(', '.join(heads))} answer the same questions, and what each wrote.",
-        charts="".join(_bars(*item) for item in modes.items()), tables=tables,
+        charts="".join(_bars(*item) for item in modes.items()) + (_sample_curves(sampled) if sampled else ""), tables=tables,
         # "<" could close the script element; json.dumps itself escapes all beyond ASCII: U+2028, U+2029, lone surrogates.
         data=json.dumps(data).replace("<", "\\u003c"))
 
@@ -1409,7 +1517,7 @@ class Config:
     encoder: str = "cross-encoder/stsb-roberta-base"  # ... by which cross-encoder or sentence encoder
     language_model: str = ""  # ... whose perplexity is the fluency ("" = leave fluency out)
     reward_model: str = ""  # ... and a trained reward model to report beside the rules
-    samples: int = 0  # also sample so many answers a question and report pass@1
+    samples: int = 0  # also sample so many answers a question: pass@k and the majority's accuracy
     temperature: float = 1.0  # of those samples
     max_prompt_length: int = 2048  # rows with a longer prompt are left out, and counted
     max_completion_length: int = 300  # tokens an answer may have
