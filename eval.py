@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -52,6 +53,7 @@ import transformers
 import tyro
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.generation import StopStringCriteria
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -379,12 +381,14 @@ def attention(model, name, instead_of=None):
         config._attn_implementation = usual
 
 
-def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None):
+def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None, stop_strings=(),
+             tokenizer=None):
     """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own distribution.
 
     prompt_ids: P lists of token ids, of any lengths. Nothing of the model's generation_config plays in: no top-k, top-p
-    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token. A prompt is computed, and
-    its keys and values are kept, once for its n completions.
+    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token, or (`tokenizer` is needed
+    then) one of `stop_strings` in its text, whose last token ends it. A prompt is computed, and its keys and values are
+    kept, once for its n completions.
     Returns completion_ids, completion_mask (bool) and logps (fp32, nats, at `temperature`; 0 in padding), each
     [P * n, T], the n completions of a prompt in consecutive rows.
     """
@@ -404,6 +408,7 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
         hidden, position_ids = (x[:, -1:].repeat_interleave(n, dim=0) for x in (hidden, position_ids))
         active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)  # active: rows being written
+        ends_in_string = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
         with attention(model, "shared_prompt"):
             for t in range(max_new_tokens):
                 logits = (output_weight @ hidden[:, -1].T).T.contiguous().float()  # for few rows faster on CPU than hidden @ weight.T
@@ -419,6 +424,8 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
                 completion_ids[active, t] = token[:, 0]
                 logps[active, t] = probabilities.gather(1, token)[:, 0].log_()
                 going = (token != stops).all(dim=1)
+                if ends_in_string:
+                    going &= ~ends_in_string(completion_ids[active, :t + 1], None)
                 if t == max_new_tokens - 1 or not going.any():
                     break
                 if not going.all():  # finished rows leave the batch
@@ -448,10 +455,15 @@ def memory_advice(advice):
         raise InputError(f"out of memory {advice}") from None
 
 
-def decode(tokenizer, completion_ids, completion_mask):
-    """Text of each completion: generated tokens only, special tokens left out."""
-    return [tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu())]
+def decode(tokenizer, completion_ids, completion_mask, stop_strings=()):
+    """Text of each completion: generated tokens only, special tokens left out, cut behind the first of stop_strings."""
+    texts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
+             for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu())]
+    if stop_strings:  # the last token may go on behind the string
+        pattern = re.compile("|".join(map(re.escape, stop_strings)))
+        ends = [pattern.search(text) for text in texts]
+        texts = [text[:end.end()] if end else text for text, end in zip(texts, ends)]
+    return texts
 
 
 # === log-probabilities ================================================================================================
@@ -628,33 +640,35 @@ def score_completions(texts, rows, **free_text):
 
 
 def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0,
-             title="eval", score=score_completions):
+             title="eval", score=score_completions, stop_strings=()):
     """Answers every row greedily, and `samples` times at `temperature` for pass@k, and scores the answers strictly.
 
-    rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of score dicts. Returns
-    a record an example, in the order of `rows`: id, ground_truth, the keys of those dicts, length (tokens), truncated,
+    rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of score dicts.
+    stop_strings: as in generate. Returns a record an example, in the order of `rows`: id, ground_truth, the keys of those dicts, length (tokens), truncated,
     completion, and with samples sampled_accuracy and sampled_answers (lists).
     """
     stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
+    limits = dict(max_new_tokens=max_completion_length, stop_ids=stops, stop_strings=stop_strings, tokenizer=tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # alike lengths together: less padding
     records = [None] * len(rows)
     for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", leave=False, disable=None):
         batch = order[start:start + batch_size]
         prompts = [rows[i][1] for i in batch]
         with autocast(compute):
-            ids, mask, logps = generate(model, prompts, max_new_tokens=max_completion_length, stop_ids=stops, temperature=0.0)
-            sampled = generate(model, prompts, samples, max_new_tokens=max_completion_length, stop_ids=stops,
-                               temperature=temperature, generator=generator)[:2] if samples else None
+            ids, mask, logps = generate(model, prompts, temperature=0.0, **limits)
+            sampled = generate(model, prompts, samples, temperature=temperature, generator=generator, **limits)[:2] if samples else None
         if logps.isnan().any():
             raise InputError(f"{title}: the model's probabilities are not numbers (NaN): its weights are broken, or too much for the "
                              "precision: try --dtype bf16 or fp32, or another model")
-        texts, own = decode(tokenizer, ids, mask), [rows[i][0] for i in batch]
+        texts, own = decode(tokenizer, ids, mask, stop_strings), [rows[i][0] for i in batch]
         for j, (i, row, text, scored) in enumerate(zip(batch, own, texts, score(texts, own))):
             length = int(mask[j].sum())
             records[i] = {"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""), **scored,
-                          "length": length, "truncated": int(ids[j, length - 1]) not in stops, "completion": text}
+                          "length": length, "completion": text,
+                          "truncated": int(ids[j, length - 1]) not in stops and not text.endswith(tuple(stop_strings))}
         if samples:
-            for j, scored in enumerate(score(decode(tokenizer, *sampled), [row for row in own for _ in range(samples)])):
+            texts = decode(tokenizer, *sampled, stop_strings)
+            for j, scored in enumerate(score(texts, [row for row in own for _ in range(samples)])):
                 record = records[batch[j // samples]]
                 record.setdefault("sampled_accuracy", []).append(scored["accuracy"])
                 record.setdefault("sampled_answers", []).append(scored["answer"])
@@ -1077,7 +1091,7 @@ class Run:
                 raise InputError(f"{known} is no JSON any more, so nobody can tell what run this was: take another --out") from None
             if before.get("script", script) != script:
                 raise InputError(f"--out {self.folder} holds a run of {before['script']}.py: take another folder")
-            changed = [f"--{key} ({before[key]!r} at launch)" for key, value in asdict(config).items()
+            changed = [f"--{key} ({before[key]!r} at launch)" for key, value in json.loads(json.dumps(asdict(config))).items()
                        if key not in MAY_CHANGE and before.get(key, value) != value]
             if changed:
                 raise InputError(f"--resume with another value of {', '.join(changed)} would be another run: give the values "
@@ -1354,7 +1368,13 @@ class Run:
         """Says once each when the policy leaves its reference, stops trying, or finds nothing to learn from; and the knob to turn."""
         self.watched.append(metrics)
         last, warnings = self.watched[-window:], {}
+        if len(self.watched) == 3 and all(record["zero_std_groups"] == self.config["prompts_per_step"] for record in last):
+            warnings["reward"] = (f"in the first 3 steps all completions of a group earned the same (reward {metrics['reward']:.2f}, "
+                                  f"accuracy {metrics['accuracy']:.2f}), so there was nothing to learn: type --group_size "
+                                  f"{2 * self.config['group_size']} --temperature {self.config['temperature'] + 0.2:.1f}, take "
+                                  "questions that are neither too easy nor too hard, or a warm start by sft.py")
         if len(last) < window:
+            self.warn_once(bar, metrics["step"], warnings)
             return
         kl, entropy, accuracy = (fmean(record[key] for record in last) for key in ("kl", "entropy", "accuracy"))
         if sorted(record["kl"] for record in last)[window // 2] > 0.5:
@@ -1366,8 +1386,12 @@ class Run:
         if all(record["zero_std_groups"] == self.config["prompts_per_step"] for record in last):
             warnings["reward"] = (f"in {window} steps no group had two different rewards, so there was nothing to learn: raise --group_size or "
                                   "--temperature, or take questions that are neither too easy nor too hard")
+        self.warn_once(bar, metrics["step"], warnings)
+
+    def warn_once(self, bar, step, warnings):
+        """Writes those of the warnings, {name: text}, whose name was not warned of before."""
         for name in warnings.keys() - self.collapses:
-            bar.write(f"WARNING: step {metrics['step']}: {warnings[name]}")
+            bar.write(f"WARNING: step {step}: {warnings[name]}")
             self.collapses.add(name)
 
     def curves(self):
@@ -1458,6 +1482,29 @@ def describe_pair(paired, n):
     return f"{paired['only_after']} of {n} questions newly right, {paired['only_before']} newly wrong, McNemar p = {paired['p_value']:.2g}"
 
 
+def early_warnings(summary, config, task):
+    """What the evaluation before training says against starting it: lines, each with the command to type; often none.
+
+    summary: of summarize; config: of a GRPO script; task: whose rows, as sft.py calls it.
+    """
+    lines = []
+    if summary["format_rate"] < 0.05:
+        folder = f"runs/sft-{task}"
+        flags = f"--adapter {folder}/model" if hasattr(config, "lora_r") else f"--model {folder}/model"
+        whole = "" if hasattr(config, "lora_r") else " --lora_r 0"
+        lines.append(f"the model doesn't know the tags (format rate {summary['format_rate']:.3f}), so almost nothing can be "
+                     f"rewarded: run `python sft.py --task {task} --model {config.model} --data {config.data}{whole} --out "
+                     f"{folder}` first and start from it with {flags}, or show the tags in --system_prompt FILE")
+    if summary["truncated"] > 0.25:
+        closing_tag = rewards.TAGS.get(task, rewards.REASONED)[-1]
+        advice = f"type --max_completion_length {2 * config.max_completion_length}"
+        if not config.stop_strings:
+            advice += f", or, where the model goes on behind its answer (a base model), --stop_strings '{closing_tag}'"
+        lines.append(f"{summary['truncated']:.0%} of the answers were cut at --max_completion_length "
+                     f"{config.max_completion_length}, before they could earn anything: {advice}")
+    return lines
+
+
 def rollout_metrics(groups):
     """What a rollout earned and looked like: means over its completions."""
     scores = [score for group in groups for score in group["scores"]]
@@ -1521,6 +1568,7 @@ class Config:
     temperature: float = 1.0  # of those samples
     max_prompt_length: int = 2048  # rows with a longer prompt are left out, and counted
     max_completion_length: int = 300  # tokens an answer may have
+    stop_strings: tuple[str, ...] = ()  # texts that end an answer, for base models that do not stop (</answer>)
     eval_batch_size: int = 32  # prompts answered at a time
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what to compute in
     attn_implementation: str = "sdpa"  # attention kernel of transformers
@@ -1605,6 +1653,7 @@ def score_heads(config, heads, rows):
                     results[name]["generated"] = evaluate(
                         model, tokenizer, encoded, compute, max_completion_length=config.max_completion_length, title=name,
                         batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature, seed=config.seed,
+                        stop_strings=config.stop_strings,
                         score=functools.partial(score_completions, **free_text))
                 if config.mode in ("loglikelihood", "both"):
                     results[name]["loglikelihood"] = option_likelihoods(model, tokenizer, encoded, compute, title=name,

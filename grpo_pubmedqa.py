@@ -53,6 +53,7 @@ class Config:
     group_size: int = 8  # completions per prompt (G)
     max_prompt_length: int = 1024  # tokens; rows with a longer prompt are left out, and counted
     max_completion_length: int = 300  # tokens; longer completions are cut and count as truncated
+    stop_strings: tuple[str, ...] = ()  # texts that end a completion, for base models that do not stop: </answer>
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
     resample_zero_std: int = 0  # draw up to so many extra batches to replace groups whose rewards are all equal
     # --- reward
@@ -214,14 +215,16 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
     with evaluation.autocast(compute):
         completion_ids, completion_mask, sampler_logps = evaluation.generate(
             model, [prompt_ids for _, prompt_ids in batch], config.group_size, stop_ids=stops, generator=generator,
-            max_new_tokens=config.max_completion_length, temperature=config.temperature)
-    texts, groups = evaluation.decode(tokenizer, completion_ids, completion_mask), []
+            max_new_tokens=config.max_completion_length, temperature=config.temperature, stop_strings=config.stop_strings,
+            tokenizer=tokenizer)
+    texts, groups = evaluation.decode(tokenizer, completion_ids, completion_mask, config.stop_strings), []
     for i, (row, prompt_ids) in enumerate(batch):
         own = slice(i * config.group_size, (i + 1) * config.group_size)
         lengths = completion_mask[own].sum(dim=1)
         ids, mask = completion_ids[own, :lengths.max()], completion_mask[own, :lengths.max()]
         last = ids.gather(1, lengths[:, None] - 1)[:, 0]
-        truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device))  # cut at the limit: no EOS
+        stopped = torch.tensor([text.endswith(config.stop_strings) for text in texts[own]], device=ids.device)
+        truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device)) & ~stopped  # cut at the limit: no EOS
         scores = [score(text, row, config) for text in texts[own]]
         rewards = torch.tensor([s["score"] for s in scores], dtype=torch.float64)
         groups.append({
@@ -334,13 +337,17 @@ def main(config):
 
     def evaluate(title):
         return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
-                                   max_completion_length=config.max_completion_length)
+                                   max_completion_length=config.max_completion_length,
+                                   stop_strings=config.stop_strings)
 
     # --- before
     if not state:
         run.write_records("eval_before", evaluate("before"))
     before = run.read_records("eval_before")
-    print("before:", evaluation.describe(evaluation.summarize(before)))
+    before_summary = evaluation.summarize(before)
+    print("before:", evaluation.describe(before_summary))
+    for line in evaluation.early_warnings(before_summary, config, "pubmedqa"):
+        print(f"WARNING: {line}")
 
     # --- training
     stops, questions = evaluation.stop_ids(model, tokenizer), question_stream(train, config.seed, position)
