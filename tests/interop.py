@@ -3,7 +3,7 @@
     python3 -m venv verlenv && verlenv/bin/pip install verl==0.9.0 TransferQueue==0.1.8 torch==2.13.0 tyro
     verlenv/bin/python tests/interop.py verl      README's commands validate; rows, reward function and manager, also in Ray workers
     python3 -m venv trlenv && trlenv/bin/pip install -r requirements.txt trl==1.16.0
-    trlenv/bin/python tests/interop.py trl        two steps of TRL's own command, in one process and in two
+    trlenv/bin/python tests/interop.py trl        the loss in 504 settings; two steps of TRL's own command, in one process and in two
     python3 -m venv lmenv && lmenv/bin/pip install -r requirements.txt "lm_eval[hf]==0.4.13"
     lmenv/bin/python tests/interop.py lm_eval     our task files, and eval.py --mode loglikelihood beside them
 
@@ -11,13 +11,16 @@ Each prints versions, rows compared and the largest difference, and ends with ex
 """
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -62,7 +65,7 @@ def prepare(task, folder, *flags):
 
 def check(what, rows, difference, limit):
     """Prints a comparison; ends the program where the difference is too large."""
-    print(f"{what}: {rows} rows, largest difference {difference:.2g}")
+    print(f"{what}: {rows} compared, largest difference {difference:.2g}")
     if not difference <= limit:
         sys.exit(f"{what}: more than {limit:g}")
 
@@ -191,8 +194,56 @@ def verl(arguments, folder):
 # === trl ==============================================================================================================
 
 
+def trl_losses():
+    """grpo_loss against TRL's own _compute_loss, loss and gradient by token, in every setting that both have."""
+    import torch
+    from trl import GRPOTrainer
+
+    import grpo_pubmedqa
+
+    fixture = json.loads((ROOT / "tests" / "trl_loss.json").read_text())
+    mask = torch.tensor(fixture["completion_mask"])
+    values = {name: torch.tensor(fixture[name]) for name in ("per_token_logps", "old_per_token_logps", "ref_per_token_logps")}
+    gather = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x)
+    settings = itertools.product(
+        ("grpo", "dapo", "dr_grpo", "cispo"), ("token", "sequence"), (True, False), (None, 0.28, 5.0), ("group", "batch", "none"),
+        (True, False), (0.0, 0.04))
+    compared, worst, sequence_kl = 0, 0.0, 0.0
+    for loss_type, level, corrected, epsilon_high, scale, old_given, beta in settings:
+        advantages = torch.tensor(fixture["advantages"][scale])
+        theirs = values["per_token_logps"].clone().requires_grad_()
+        trainer = SimpleNamespace(
+            aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level,
+            beta=beta, args=SimpleNamespace(use_bias_correction_kl=corrected, delta=None, steps_per_generation=1),
+            loss_type=loss_type, epsilon_low=0.2, epsilon_high=0.2 if epsilon_high is None else epsilon_high, use_vllm=False,
+            max_completion_length=fixture["max_completion_length"], current_gradient_accumulation_steps=1, accelerator=gather,
+            model=SimpleNamespace(training=True), _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)},
+            _get_per_token_logps_and_entropies=lambda *_, **__: (theirs, torch.zeros_like(theirs), None))
+        inputs = {"prompt_ids": torch.tensor(fixture["prompt_mask"]), "prompt_mask": torch.tensor(fixture["prompt_mask"]),
+                  "completion_ids": mask, "completion_mask": mask, "advantages": advantages,
+                  "ref_per_token_logps": values["ref_per_token_logps"], "num_items_in_batch": torch.tensor(float(mask.sum())),
+                  "old_per_token_logps": values["old_per_token_logps"] if old_given else None}
+        their_loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+        their_loss.backward()
+        ours = values["per_token_logps"].clone().requires_grad_()
+        our_loss, _ = grpo_pubmedqa.grpo_loss(
+            ours, values["old_per_token_logps"] if old_given else ours.detach(), values["ref_per_token_logps"], advantages,
+            mask.bool(), num_sequences=len(mask), num_tokens=int(mask.sum()), max_completion_length=fixture["max_completion_length"],
+            epsilon=0.2, epsilon_high=trainer.epsilon_high, beta=beta, loss_type=loss_type, importance_level=level,
+            kl_estimator="unbiased" if corrected else "k3")
+        our_loss.backward()
+        difference = max(abs(our_loss.item() - their_loss.item()), (ours.grad - theirs.grad).abs().max().item())
+        if level == "sequence" and corrected and beta:
+            sequence_kl = max(sequence_kl, difference)  # the stated difference: the token's ratio, not the sequence's
+        else:
+            compared, worst = compared + 1, max(worst, difference)
+    check("TRL's _compute_loss, loss and gradient by token, by settings", compared, worst, 1e-6)
+    print(f"sequence level with the corrected KL, where ours takes the token's ratio on purpose: largest difference {sequence_kl:.2g}")
+
+
 def trl(arguments, folder):
     import pandas
+    trl_losses()
     steps, completions = 2, 8
     for task in TASKS:
         train, _ = prepare(task, folder / task)
