@@ -1591,6 +1591,9 @@ def check_config(config):
                    "importance_cap", "completions_per_forward", "eval_every", "save_every")
     if config.group_size < 2:
         raise InputError(f"--group_size {config.group_size}: at least 2 are needed, an advantage compares a group's answers")
+    if config.loss_type == "cispo" and config.epsilon_high < 1:
+        raise InputError(f"--loss_type cispo --epsilon_high {config.epsilon_high}: there it is the cap of the ratio itself, at "
+                         "least 1 is needed: type --epsilon_high 5")
     for field in ("learning_rate", "temperature", "max_grad_norm"):
         if not 0 < getattr(config, field) < math.inf:
             raise InputError(f"--{field} {getattr(config, field)}: more than 0 is needed")

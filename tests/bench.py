@@ -491,7 +491,7 @@ def learning_trl(arguments, seed, steps):
                         temperature=config.temperature, beta=config.beta, sync_ref_model=True, ref_model_sync_steps=config.ref_every,
                         ref_model_mixup_alpha=1.0, learning_rate=config.learning_rate, lr_scheduler_type="linear",
                         warmup_steps=int(config.warmup * steps), adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0,
-                        max_grad_norm=config.max_grad_norm, loss_type="grpo", use_bias_correction_kl=False, gradient_checkpointing=False,
+                        max_grad_norm=config.max_grad_norm, loss_type="grpo", gradient_checkpointing=False,
                         bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", max_steps=steps, seed=seed,
                         disable_tqdm=True, shuffle_dataset=False))
     trainer.train()

@@ -147,6 +147,7 @@ def test_wandb_offline_leaves_a_run_folder(tmp_path):
     (["--data", "{few}", "--eval_size", "200"], ["--eval_size 200", "held-out"]),
     (["--data", "{few}", "--prompts_per_step", "500", "--eval_size", "2"], ["--prompts_per_step 500"]),
     (["--group_size", "1"], ["--group_size 1", "at least 2"]),
+    (["--loss_type", "cispo"], ["--epsilon_high 0.2", "cap of the ratio", "--epsilon_high 5"]),
     (["--steps", "-3"], ["--steps -3"]),
     (["--learning_rate", "0"], ["--learning_rate"]),
     (["--temperature", "-1"], ["--temperature"]),

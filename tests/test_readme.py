@@ -1,4 +1,4 @@
-"""README says what is there: every command parses, every path exists, the worked example runs."""
+"""The READMEs say what is there: every command parses, every path exists, the worked example runs."""
 import csv
 import json
 import os
@@ -21,7 +21,8 @@ from data import prepare
 from test_cli import QUICK, command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+PROSE = [README, *((ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in ("data", "tests"))]
+SHELL = [block for text in PROSE for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)]
 CONFIGS = {("grpo_pubmedqa.py",): grpo_pubmedqa.Config, ("grpo_medmcqa.py",): grpo_medmcqa.Config, ("grpo_ecg.py",): grpo_ecg.Config,
            ("sft.py",): sft.Config, ("eval.py",): evaluation.Config, ("eval.py", "chat"): evaluation.Chat, ("eval.py", "merge"): evaluation.Merge,
            ("rewards.py", "train"): rewards.Train, ("-m", "data.prepare"): prepare.Config}
@@ -29,7 +30,7 @@ FOREIGN = ("python3", "pip", "accelerate", "vllm", "lm_eval", "hf", "torchrun")
 
 
 def commands():
-    """The arguments of every call of python in README's shell blocks, as bash expands them."""
+    """The arguments of every call of python in the READMEs' shell blocks, as bash expands them."""
     stubs = "python() { printf '%s\\0' \"$@\"; printf '\\n'; }\n" + "".join(f"{name}() {{ :; }}\n" for name in FOREIGN)
     found = []
     for block in SHELL:
