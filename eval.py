@@ -824,11 +824,12 @@ def _sample_curves(summaries):
         parts.append(f'<text x="{x:.1f}" y="{height + 20}" text-anchor="middle">{k}</text>')
     if "guess_pass_at_k" in first:
         parts.append(f'<path class="majority line" d="{path(first["guess_pass_at_k"])}"/>')
-    labels = sorted(((s["pass_at_k"][max(s["pass_at_k"], key=int)], name) for name, s in summaries.items()), reverse=True)
-    free = 0.0  # the lowest line that a label may stand on: two heads can end at the same height
-    for number, (value, name) in enumerate(labels):
-        free = max(free + 17 * (number > 0), height * (1 - value) + 5)
-        parts.append(f'<text x="{width + 8}" y="{free:.1f}">{html.escape(name)}</text>')
+    labels = sorted(((s["pass_at_k"][max(s["pass_at_k"], key=int)], number, name)
+                     for number, (name, s) in enumerate(summaries.items())), reverse=True)
+    lowest = -20.0  # two heads can end at the same height: labels stand below each other
+    for value, number, name in labels:
+        lowest = max(lowest + 17, height * (1 - value) + 5)
+        parts.append(f'<text class="label{number % 4}" x="{width + 8}" y="{lowest:.1f}">{html.escape(name)}</text>')
     parts += [f'<path class="line line{number % 4}" d="{path(s["pass_at_k"])}"/>' for number, s in enumerate(summaries.values())]
     below = " Dashed: guessing evenly among the classes." if "guess_pass_at_k" in first else ""
     return (f'<figure><figcaption>pass@k: at least one of k samples is right</figcaption>'
