@@ -152,6 +152,22 @@ def prompt_cache(model, prompt_ids):
     return [x for keys, values, _ in cache for x in (keys, values)]
 
 
+def length_parts(completion_mask, size):
+    """Cuts a group into parts of alike lengths, at most `size` completions each: [(places, length)], the longest first.
+
+    completion_mask [G, T]. A part is padded to its longest completion, and is a pass of its own, which costs about as
+    much as 32 tokens: the cuts are those with the least cost together. Completions that no loss counts are left out.
+    """
+    positions = torch.arange(1, completion_mask.shape[1] + 1, device=completion_mask.device)
+    lengths = (completion_mask * positions).amax(dim=1).tolist()  # up to the last token that counts
+    order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: -lengths[i])
+    cheapest = [(0, [])]  # of the first n completions: tokens, and the parts
+    for end in range(1, len(order) + 1):
+        cheapest.append(min((cheapest[start][0] + lengths[order[start]] * (end - start) + 32,
+                             [*cheapest[start][1], order[start:end]]) for start in range(max(0, end - size), end)))
+    return [(torch.tensor(part, device=completion_mask.device), lengths[part[0]]) for part in cheapest[-1][1]]
+
+
 def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
     """Log-probabilities of completions of one prompt, token by token, and the entropy of each choice.
 
@@ -263,19 +279,22 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
 
 def add_reference_logps(reference, groups, config, compute):
     """Gives each group ref_logps [G, T]: the log-probabilities of its completions under the reference."""
-    size = config.completions_per_forward or config.group_size
+    size = 8 * (config.completions_per_forward or config.group_size)  # no gradient: one layer's activations, not all
     for group in groups:
+        group["ref_logps"] = torch.zeros_like(group["sampler_logps"])
         with torch.no_grad(), evaluation.autocast(compute):
             prompt = prompt_cache(reference, group["prompt_ids"])
-            group["ref_logps"] = torch.cat([
-                token_logps(reference, prompt, group["prompt_ids"], ids, config.temperature)[0]
-                for ids in group["completion_ids"].split(size)])
+            for part, T in length_parts(group["completion_mask"], size):
+                ids = group["completion_ids"][part, :T]
+                logps, _ = token_logps(reference, prompt, group["prompt_ids"], ids, config.temperature)
+                group["ref_logps"][part, :T] = logps
 
 
 def policy_gradient(model, groups, first_epoch, config, compute, scaler):
     """Adds the gradient of the loss of the whole rollout to the model's parameters, a few completions at a time.
 
-    The first epoch after sampling writes each group's old_logps, later ones read them. Returns sums over the tokens
+    The first epoch after sampling writes each group's old_logps, later ones read them; groups without ref_logps are of a
+    policy that is its own reference. Returns sums over the tokens
     passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
     """
     masks = [group["completion_mask"] for group in groups]
@@ -284,25 +303,25 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
     size = config.completions_per_forward or config.group_size
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "sampler_gap", "tokens"), 0.0)
     for group in groups:
-        if group["zero_std"] and not config.beta:
-            continue  # no advantage and no KL: no gradient
+        if group["zero_std"] and not config.beta or not group["completion_mask"].any():
+            continue  # no advantage and no KL, or no token that counts: no gradient
         if first_epoch:
             group["old_logps"] = torch.zeros_like(group["sampler_logps"])
         with evaluation.autocast(compute):
             prompt = prompt_cache(model, group["prompt_ids"])
         leaves = [x.detach().requires_grad_() for x in prompt]  # collect the gradient of all parts of the group
-        for first in range(0, config.group_size, size):
-            part = slice(first, first + size)
-            ids, mask = group["completion_ids"][part], group["completion_mask"][part]
+        for part, T in length_parts(group["completion_mask"], size):
+            ids, mask = group["completion_ids"][part, :T], group["completion_mask"][part, :T]
             with evaluation.autocast(compute):
                 logps, entropy = token_logps(model, leaves, group["prompt_ids"], ids, config.temperature)
             if first_epoch:  # the policy is still the one that sampled: its own logps are the old ones
-                group["old_logps"][part] = logps.detach()
-            gap = group["old_logps"][part] - group["sampler_logps"][part]
+                group["old_logps"][part, :T] = logps.detach()
+            old_logps = group["old_logps"][part, :T]
+            ref_logps = group["ref_logps"][part, :T] if "ref_logps" in group else old_logps
+            gap = old_logps - group["sampler_logps"][part, :T]
             loss, watched = grpo_loss(
-                logps, group["old_logps"][part], group["ref_logps"][part] if config.beta else None,
-                group["advantages"][part], mask, num_sequences=num_sequences, num_tokens=num_tokens,
-                max_completion_length=config.max_completion_length, epsilon=config.epsilon,
+                logps, old_logps, ref_logps, group["advantages"][part], mask, num_sequences=num_sequences,
+                num_tokens=num_tokens, max_completion_length=config.max_completion_length, epsilon=config.epsilon,
                 epsilon_high=config.epsilon_high, beta=config.beta, loss_type=config.loss_type,
                 importance_level=config.importance_level, kl_estimator=config.kl_estimator,
                 weights=gap.exp().clamp(max=config.importance_cap) if config.importance_cap else None)
@@ -411,7 +430,8 @@ def main(config):
     stops, questions = evaluation.stop_ids(model, tokenizer), question_stream(train, config.seed, position)
     bar = tqdm(run.steps(step + 1, config.steps), "train", config.steps, initial=step, unit="step", disable=None)
     for step in bar:
-        if config.beta and config.ref_every and step > 1 and (step - 1) % config.ref_every == 0:
+        renewed = config.beta and (step == 1 or config.ref_every and (step - 1) % config.ref_every == 0)
+        if renewed:
             copy_adapter(model)
 
         # sample groups; on demand, groups whose rewards are all equal make room for those of other questions
@@ -432,8 +452,8 @@ def main(config):
         for group, advantages in zip(groups, group_advantages(rewards, config.scale_rewards)):
             group["advantages"] = advantages.float().to(model.device)
 
-        # mu epochs on the same rollout
-        if config.beta:
+        # mu epochs on the same rollout; the reference need not be asked in a step where it is the policy itself
+        if config.beta and not renewed:
             model.set_adapter("reference")
             run.fit(config, optimizer, lambda: add_reference_logps(model, groups, config, compute))
             model.set_adapter("default")

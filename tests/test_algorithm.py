@@ -1,6 +1,8 @@
 """The algorithm, to the digit: TRL's numbers, and the invariants of GRPO on real (tiny) models."""
 import copy
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -340,6 +342,56 @@ def test_cutting_groups_into_passes_changes_nothing(tiny, loss_type, importance_
     for loss, flat in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-5)
         assert (flat - results[0][1]).norm() < 1e-5 * results[0][1].norm()
+
+
+def test_a_group_is_cut_by_length_where_padding_would_cost_more():
+    def parts(lengths, size):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return [(places.tolist(), length) for places, length in grpo.length_parts(mask, size)]
+
+    assert parts([50, 50, 50, 50], 4) == [([0, 1, 2, 3], 50)] and parts([50, 50, 50, 50], 3) != parts([50, 50, 50, 50], 4)
+    assert parts([8, 100, 10, 98], 4) == [([1, 3], 100), ([2, 0], 10)]
+    assert parts([20, 0, 30], 4) == [([2, 0], 30)]  # nothing of the second counts
+    lengths = [90, 12, 55, 31, 77, 40, 8]
+    cost = sum(length * len(places) + 32 for places, length in parts(lengths, 3))
+    order, cheapest = sorted(lengths, reverse=True), math.inf
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):  # every way to cut the sorted group
+        runs = [[order[0]]]
+        for length, cut in zip(order[1:], cuts):
+            runs.append([length]) if cut else runs[-1].append(length)
+        if max(map(len, runs)) <= 3:
+            cheapest = min(cheapest, sum(run[0] * len(run) + 32 for run in runs))
+    assert cost == cheapest
+
+
+def test_a_step_after_a_refresh_needs_no_pass_of_the_reference(tmp_path, monkeypatch):
+    """The reference is the policy then: KL is 0 in the first epoch, and weights are those of a run that asks it."""
+    results, usual = [], grpo.add_reference_logps
+    for asked in (False, True):
+        steps_asked = []
+
+        def count(*arguments):
+            steps_asked.append(len(steps_asked))
+            usual(*arguments)
+
+        monkeypatch.setattr(grpo, "add_reference_logps", count)
+        usual_gradient = grpo.policy_gradient
+
+        def gradient(model, groups, first_epoch, *rest):
+            if asked and "ref_logps" not in groups[0]:
+                usual(model, groups, *rest[:2]) if first_epoch else None
+            return usual_gradient(model, groups, first_epoch, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(grpo, "policy_gradient", gradient)
+            out = tmp_path / str(asked)
+            grpo.main(grpo.parse(["--model", "tiny", "--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--mu", "2",
+                                  "--eval_size", "4", "--ref_every", "2", "--beta", "0.1", "--max_completion_length", "24",
+                                  "--kl_estimator", "k3", "--save_every", "0", "--out", str(out)]))
+        assert len(steps_asked) == 1  # in step 2 alone
+        results.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for ours, theirs in zip(*results):
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-6) and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
 def test_dapo_divides_by_the_tokens_of_the_rollout_not_of_the_pass(tiny):
