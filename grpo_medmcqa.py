@@ -479,5 +479,6 @@ def parse(arguments=None):
 
 
 if __name__ == "__main__":
+    evaluation.keep_freed_memory()
     with one_line_errors():
         main(parse())

@@ -3,6 +3,7 @@ import gc
 import json
 import math
 import os
+import platform
 import random
 import resource
 import shutil
@@ -354,6 +355,30 @@ def test_collapses_are_warned_about_once(tmp_path):
     for changes, words in (({"kl": 3.0}, "--beta"), ({"entropy": 0.001}, "--temperature"), ({"zero_std_groups": 4}, "--group_size")):
         [said] = watch(**changes)
         assert words in said and "WARNING: step" in said
+
+
+PAGES = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+import eval as evaluation
+if {kept}:
+    evaluation.keep_freed_memory()
+for turn in range(4):
+    if turn == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for megabytes in (8, 40, 100):
+        torch.ones(megabytes * 2**18).add(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_stays_with_the_process():
+    """New pages that two turns of additions take, once warm: none, where the C library otherwise takes all of them anew."""
+    faults = [int(subprocess.run([sys.executable, "-c", PAGES.format(root=str(ROOT), kept=kept)], capture_output=True, text=True,
+                                 check=True).stdout) for kept in (False, True)]
+    assert faults[0] > 50_000 and faults[1] < faults[0] / 20
 
 
 # === starved ============================================================================================================
