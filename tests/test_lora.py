@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
@@ -54,6 +55,48 @@ def grpo_run(sft_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grpo") / "run"
     assert in_process(grpo, *QUICK, "--adapter", sft_run / "model", "--out", folder) == 0
     return folder
+
+
+# --- sampling with an adapter --------------------------------------------------------------------------------------------
+
+
+def two_adapters(folder, dtype="fp32"):
+    """A family's model with two different adapters, and three prompts of unequal length."""
+    base, _, _ = evaluation.load_model(folder, dtype)
+    model = evaluation.new_adapter(base, r=4, alpha=8, seed=0)
+    model.add_adapter("reference", model.peft_config["default"])
+    for key, weight in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(key)))
+    model.set_adapter("default")
+    generator = torch.Generator().manual_seed(1)
+    return model.eval(), [torch.randint(5, 300, (n,), generator=generator).tolist() for n in (21, 5, 13)]
+
+
+@pytest.mark.parametrize("state", ["default", "reference", "disabled"])
+def test_adapters_are_folded_in_while_sampling_and_the_base_stays(family, family_folder, monkeypatch, state):
+    """Against sampling with the adapters beside their layers: log-probabilities within 1e-5, every weight the same bit for bit."""
+    model, prompts = two_adapters(family_folder(family))
+    before = {key: weight.detach().clone() for key, weight in model.state_dict().items()}
+    if state == "reference":
+        model.set_adapter("reference")
+    results = []
+    with model.disable_adapter() if state == "disabled" else nullcontext():
+        for folded in (True, False):
+            if not folded:
+                monkeypatch.setattr(evaluation, "linears_of_a_token", lambda model: nullcontext())
+            results.append(evaluation.generate(model, prompts, 3, max_new_tokens=10, stop_ids=[7], temperature=0.8,
+                                               generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.allclose(results[0][2], results[1][2], atol=1e-5)
+    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_folding_reaches_every_layer_in_fp32_and_none_in_bf16(family_folder):
+    for dtype, layers in (("fp32", 7 * 3), ("bf16", 0)):
+        model, _ = two_adapters(family_folder("qwen2"), dtype)
+        with evaluation.linears_of_a_token(model):
+            assert sum("forward" in vars(module) for module in model.modules()) == layers
 
 
 # --- what is trained and what is not ------------------------------------------------------------------------------------
