@@ -399,6 +399,33 @@ def attention(model, name, instead_of=None):
         config._attn_implementation = usual
 
 
+def draw(probabilities, uniform, width=512):
+    """One token a row of probabilities [N, V], which need not add up to 1: that at which their running sum
+    reaches the share `uniform` of the whole, [N, 1] in fp64, in (0, 1]. Returns [N, 1]; no token of
+    probability 0 is drawn; rows of NaN give some token.
+
+    In fp32 a running sum loses whatever stands behind a likely token. In fp64 that of a whole vocabulary
+    is slow: first a block of `width` tokens is drawn by the sums of the blocks, then a token of that block.
+    """
+    vocabulary = probabilities.shape[1]
+    if vocabulary <= 4 * width:
+        sums = probabilities.cumsum(dim=1, dtype=torch.double)
+        return torch.searchsorted(sums, uniform * sums[:, -1:]).clamp_(max=vocabulary - 1)
+    whole = vocabulary // width * width
+    rest = probabilities[:, whole:].sum(dim=1, keepdim=True)  # the last block, which may be empty
+    sums = torch.cat([probabilities[:, :whole].unflatten(1, (-1, width)).sum(dim=2), rest], dim=1)
+    sums = sums.cumsum(dim=1, dtype=torch.double)
+    wanted = uniform * sums[:, -1:]
+    block = torch.searchsorted(sums, wanted).clamp_(max=sums.shape[1] - 1)
+    below = sums.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0)
+    share = (wanted - below) / (sums.gather(1, block) - below)
+    places = block * width + torch.arange(width, device=block.device)
+    inside = probabilities.gather(1, places.clamp(max=vocabulary - 1)).masked_fill_(places >= vocabulary, 0)
+    inside = inside.cumsum(dim=1, dtype=torch.double)
+    place = torch.searchsorted(inside, share * inside[:, -1:]).clamp_(max=width - 1)
+    return places.gather(1, place).clamp_(max=vocabulary - 1)
+
+
 def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None, stop_strings=(),
              tokenizer=None):
     """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own distribution.
@@ -413,9 +440,10 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     device, width, rows = model.device, max(len(ids) for ids in prompt_ids), len(prompt_ids) * n
     advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or --max_completion_length where it was in "
               "training, --eval_batch_size where it was in evaluation")
-    completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
-    logps = torch.zeros(rows, max_new_tokens, device=device)
+    with memory_advice(advice):
+        completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+        completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
+        logps = torch.zeros(rows, max_new_tokens, device=device)
     with memory_advice(advice), torch.inference_mode():
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
@@ -433,10 +461,10 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
                 if temperature not in (0, 1):
                     logits = logits / temperature
                 probabilities = logits.softmax(dim=-1)
-                if temperature:  # one uniform number a row, looked up in the cumulative distribution
-                    cumulative = probabilities.cumsum(dim=-1)
-                    uniform = (1 - torch.rand(len(active), 1, generator=generator, device=device)) * cumulative[:, -1:]  # never 0
-                    token = torch.searchsorted(cumulative, uniform).clamp_(max=logits.shape[1] - 1)  # beyond it where logits are NaN
+                if temperature:
+                    uniform = torch.rand(len(active), 1, dtype=torch.double, generator=generator,
+                                         device=device)
+                    token = draw(probabilities, 1 - uniform)  # never 0
                 else:
                     token = logits.argmax(dim=-1, keepdim=True)
                 completion_ids[active, t] = token[:, 0]
@@ -563,6 +591,9 @@ def chosen_logps(model, hidden, tokens, temperature):
 
 # === evaluation =======================================================================================================
 
+NOT_NUMBERS = ("the model's probabilities are not numbers (NaN): its weights are broken, or too much for the "
+               "precision: try --dtype bf16 or fp32, or another model")
+
 
 def wilson_interval(successes, n, z=1.959964):
     """95% interval of a proportion, [low, high] (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
@@ -579,7 +610,10 @@ def mcnemar(before, after):
     only_before = sum(b > a for b, a in zip(before, after, strict=True))
     only_after = sum(a > b for b, a in zip(before, after, strict=True))
     n, k = only_before + only_after, min(only_before, only_after)
-    p_value = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    tail = 1.0  # sum of comb(n, j) for j <= k, over comb(n, k): each term is the next one's share of it
+    for i in range(1, k + 1):
+        tail = 1 + tail * i / (n - i + 1)
+    p_value = min(1.0, 2 * (math.comb(n, k) / 2**n) * tail)
     return {"only_before": only_before, "only_after": only_after, "p_value": p_value}
 
 
@@ -588,7 +622,10 @@ def bootstrap_interval(values, n=2000):
     doi:10.1214/aos/1176344552).
     """
     values, generator = numpy.asarray(values), numpy.random.default_rng(0)
-    means = values[generator.integers(0, len(values), (n, len(values)))].mean(axis=1)
+    means, some = [], max(1, 2**20 // len(values))  # resamples at a time: 16 MB of places and values
+    for first in range(0, n, some):
+        places = generator.integers(0, len(values), (min(some, n - first), len(values)))
+        means.extend(values[places].mean(axis=1))
     return [float(x) for x in numpy.percentile(means, [2.5, 97.5])]
 
 
@@ -598,9 +635,11 @@ def paired_test(before, after):
     """
     if "rule" not in before[0]:
         return mcnemar([r["accuracy"] for r in before], [r["accuracy"] for r in after])
-    scores = [[round(r["score"], 2) for r in records] for records in (before, after)]
-    differences = [b["score"] - a["score"] for a, b in zip(before, after)]
-    return {**mcnemar(*scores), "ties": sum(a == b for a, b in zip(*scores)), "difference": fmean(differences),
+    differences = [b["score"] - a["score"] for a, b in zip(before, after, strict=True)]
+    least = 0.01 - 1e-9  # 0.06 - 0.05 is a little less than 0.01
+    test = mcnemar([d <= -least for d in differences], [d >= least for d in differences])
+    ties = len(differences) - test["only_before"] - test["only_after"]
+    return {**test, "ties": ties, "difference": fmean(differences),
             "difference_ci95": bootstrap_interval(differences)}
 
 
@@ -676,8 +715,7 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
             ids, mask, logps = generate(model, prompts, temperature=0.0, **limits)
             sampled = generate(model, prompts, samples, temperature=temperature, generator=generator, **limits)[:2] if samples else None
         if logps.isnan().any():
-            raise InputError(f"{title}: the model's probabilities are not numbers (NaN): its weights are broken, or too much for the "
-                             "precision: try --dtype bf16 or fp32, or another model")
+            raise InputError(f"{title}: {NOT_NUMBERS}")
         texts, own = decode(tokenizer, ids, mask, stop_strings), [rows[i][0] for i in batch]
         for j, (i, row, text, scored) in enumerate(zip(batch, own, texts, score(texts, own))):
             length = int(mask[j].sum())
@@ -720,7 +758,10 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
                                          use_cache=False)[0]
             places = [(place, len(ids) - len(letter) + j, token) for place, _, _, ids, letter in wanted for j, token in enumerate(letter)]
             at, position, token = torch.tensor(places, device=model.device).T
-            scores = iter(chosen_logps(model, hidden[at, position], token, 1.0)[0].tolist())
+            scores = chosen_logps(model, hidden[at, position], token, 1.0)[0]
+        if not scores.isfinite().all():
+            raise InputError(f"{title}: {NOT_NUMBERS}")
+        scores = iter(scores.tolist())
         logps |= {(i, k): sum(next(scores) for _ in letter) for _, i, k, _, letter in wanted}
     records = []
     for i, (row, _) in enumerate(rows):
@@ -1474,6 +1515,17 @@ def synced(path):
     return path
 
 
+def write_whole(path, text):
+    """Writes a file aside and renames it: `path` is the old one or the whole new one. Raises OSError."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        synced(new).rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def compare(before_records, after_records):
     """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for summary.json."""
     before, after = summarize(before_records), summarize(after_records)
@@ -1685,6 +1737,16 @@ def score_heads(config, heads, rows):
     return {name: results[name] for name, *_ in heads}, answered
 
 
+def write_results(folder, files):
+    """Writes the files of a result, {name: text}, the mark, summary.json, last. Raises InputError."""
+    for name, text in files.items():
+        try:
+            write_whole(folder / name, text)
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be written ({error.strerror}): make room, or take "
+                             "another --out, and start again") from None
+
+
 def compare_heads(config, folder, rows, results):
     """Writes results.jsonl, summary.json and report.html of score_heads, and prints the paired tests."""
     summaries = {name: {mode: summarize(records) for mode, records in modes.items()} for name, modes in results.items()}
@@ -1702,16 +1764,16 @@ def compare_heads(config, folder, rows, results):
         lines.append({"id": row["id"], "question": row["extra"]["question"], "options": row["extra"].get("options", []),
                       "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
                       "answers": answers.get("generated") or {}, "loglikelihood": answers.get("loglikelihood") or {}})
-    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / "report.html").write_text(report_html(f"{config.task}: {', '.join(results)}", summaries, lines, paired), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps({"heads": summaries, "paired": paired, "config": asdict(config),
-                                                     "versions": versions()}, indent=1) + "\n")
+    summary = {"heads": summaries, "paired": paired, "config": asdict(config), "versions": versions()}
+    page = report_html(f"{config.task}: {', '.join(results)}", summaries, lines, paired)
+    write_results(folder, {"results.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+                           "report.html": page,
+                           "summary.json": json.dumps(summary, indent=1) + "\n"})
 
 
 def main(config):
     """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises InputError."""
-    check_at_least(1, config, "max_prompt_length", "max_completion_length", "eval_batch_size")
-    check_at_least(0, config, "eval_size", "limit", "samples")
+    check_config(config, "temperature", "eval_size")
     heads = parse_heads(config.models or (f"model={config.model}",))
     if config.mode != "generated" and config.task != "medmcqa":
         raise InputError(f"--mode {config.mode} scores option letters, which --task {config.task} does not have")
@@ -1737,8 +1799,9 @@ def main(config):
     [modes] = results.values()
     records = modes.get("generated") or modes["loglikelihood"]
     summary = {**summarize(records), **({"loglikelihood": summarize(modes["loglikelihood"])} if config.mode == "both" else {})}
-    (folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps({**summary, "config": asdict(config), "versions": versions()}, indent=1) + "\n")
+    summary |= {"config": asdict(config), "versions": versions()}
+    write_results(folder, {"eval.jsonl": "".join(json.dumps(record) + "\n" for record in records),
+                           "summary.json": json.dumps(summary, indent=1) + "\n"})
     print(f"written: {folder}/summary.json, {folder}/eval.jsonl")
 
 
