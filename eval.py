@@ -23,6 +23,7 @@ import fcntl
 import functools
 import html
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -59,7 +60,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import InputError, described, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors, pubmedqa
+from data import (InputError, check_knobs, described, ecg, hub_message, load_task, medical_o1, medmcqa,
+                  one_line_errors, pubmedqa)
 
 TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -1647,27 +1649,12 @@ class Config:
     seed: int = 0  # of the samples
 
 
-def check_at_least(least, config, *fields):
-    """Raises InputError unless these fields of a config are at least `least` (NaN is not)."""
-    for field in fields:
-        if not getattr(config, field) >= least:
-            raise InputError(f"--{field} {getattr(config, field)}: at least {least} is needed")
-
-
 def check_config(config):
     """Raises InputError for knobs of a GRPO script that make no sense, before anything is loaded."""
-    check_at_least(1, config, "steps", "prompts_per_step", "max_prompt_length", "max_completion_length", "mu", "eval_size",
-                   "eval_batch_size")
-    check_at_least(0, config, "beta", "epsilon", "epsilon_high", "ref_every", "resample_zero_std", "limit", "warmup",
-                   "importance_cap", "completions_per_forward", "eval_every", "save_every")
-    if config.group_size < 2:
-        raise InputError(f"--group_size {config.group_size}: at least 2 are needed, an advantage compares a group's answers")
+    check_knobs(config)
     if config.loss_type == "cispo" and config.epsilon_high < 1:
         raise InputError(f"--loss_type cispo --epsilon_high {config.epsilon_high}: there it is the cap of the ratio itself, at "
                          "least 1 is needed: type --epsilon_high 5")
-    for field in ("learning_rate", "temperature", "max_grad_norm"):
-        if not 0 < getattr(config, field) < math.inf:
-            raise InputError(f"--{field} {getattr(config, field)}: more than 0 is needed")
 
 
 def check_rows(config, train, heldout, counts):
@@ -1682,6 +1669,8 @@ def check_rows(config, train, heldout, counts):
 def parse_heads(models):
     """[(name, model, adapter)] of --models; adapter is "" where there is none. Raises InputError."""
     heads = []
+    if not models:
+        raise InputError("--models names no head: NAME=MODEL or NAME=MODEL+ADAPTER is needed")
     for text in models:
         name, equals, model = text.partition("=")
         if not (name and equals and model):
@@ -1773,7 +1762,7 @@ def compare_heads(config, folder, rows, results):
 
 def main(config):
     """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises InputError."""
-    check_config(config, "temperature", "eval_size")
+    check_knobs(config, "temperature", "eval_size")
     heads = parse_heads(config.models or (f"model={config.model}",))
     if config.mode != "generated" and config.task != "medmcqa":
         raise InputError(f"--mode {config.mode} scores option letters, which --task {config.task} does not have")
@@ -1789,6 +1778,7 @@ def main(config):
     rows = rows[:config.eval_size or None]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # is it writable? Better known now than after the scoring
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror})") from None
     results, rows = score_heads(config, heads, rows)
@@ -1824,14 +1814,20 @@ class Chat:
 
 
 def stream(model, tokenizer, prompt_ids, compute, config, generator):
-    """Yields the text of one answer, piece by piece, as `generate` would sample it."""
+    """Yields the text of one answer, piece by piece, as `generate` would sample it; InputError for NaN."""
     stops, ids, text, cache = set(stop_ids(model, tokenizer)), [], "", DynamicCache()
     inputs = torch.tensor([prompt_ids], device=model.device)
     for _ in range(config.max_completion_length):
         with torch.inference_mode(), autocast(compute):
-            logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
-        token = int(logits.argmax() if not config.temperature else torch.multinomial(
-            (logits / config.temperature).softmax(dim=-1), 1, generator=generator))
+            logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            probabilities = (logits.float() / (config.temperature or 1)).softmax(dim=-1)
+            if probabilities.isnan().any():
+                raise InputError(NOT_NUMBERS)
+            if config.temperature:
+                uniform = torch.rand(1, 1, generator=generator, device=model.device, dtype=torch.double)
+                token = int(draw(probabilities, 1 - uniform))
+            else:
+                token = int(probabilities.argmax())
         if token in stops:
             break
         ids.append(token)
@@ -1842,10 +1838,26 @@ def stream(model, tokenizer, prompt_ids, compute, config, generator):
     yield tokenizer.decode(ids, skip_special_tokens=True)[len(text):]
 
 
+SAVED_CHAT = b'{\n "system": '  # how the file of /save begins
+
+
+def save_chat(name, system, histories):
+    """Writes a conversation as JSON; returns the line for the user. A file of another kind stays as it is."""
+    try:
+        path = Path(name)
+        if path.exists():
+            with open(path if path.is_file() else os.devnull, "rb") as file:
+                if file.read(len(SAVED_CHAT)) != SAVED_CHAT:
+                    return f"{name} is there already and no saved chat: take another name"
+        write_whole(path, json.dumps({"system": system, "heads": histories}, indent=1) + "\n")
+    except (OSError, ValueError) as error:  # the latter: a null byte
+        return f"{name}: cannot be written ({getattr(error, 'strerror', None) or error})"
+    return f"saved: {name}"
+
+
 def chat(config):
     """Reads lines from the keyboard or a pipe until /quit or its end; see Chat."""
-    check_at_least(1, config, "max_completion_length")
-    check_at_least(0, config, "temperature")
+    check_knobs(config, "temperature")
     heads, loaded = parse_heads(config.models), {}
     system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no") if config.task else config.system
     for name, source, adapter in heads:
@@ -1855,11 +1867,17 @@ def chat(config):
             model, *rest = loaded[source]
             loaded[source] = (read_adapter(model, adapter, source, name), *rest)
     histories, generator = {name: [] for name, *_ in heads}, torch.Generator(loaded[heads[0][1]][0].device).manual_seed(config.seed)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 spoil their line alone
     keyboard = sys.stdin.isatty()
     print("type a message; /clear, /system TEXT, /save FILE, /quit or Ctrl-D" if keyboard else f"heads: {', '.join(histories)}")
     while True:
         try:
             line = input("you: " if keyboard else "").strip()
+            line.encode()
+        except UnicodeEncodeError:
+            print("a line that is no UTF-8 was left out")
+            continue
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -1873,11 +1891,7 @@ def chat(config):
             histories = {name: [] for name in histories}
             print("system prompt: " + (system or "none") if command == "/system" else "cleared")
         elif command == "/save":
-            try:
-                Path(argument.strip() or "chat.json").write_text(json.dumps({"system": system, "heads": histories}, indent=1) + "\n")
-                print(f"saved: {argument.strip() or 'chat.json'}")
-            except OSError as error:
-                print(f"{argument}: cannot be written ({error.strerror})")
+            print(printable(save_chat(argument.strip() or "chat.json", system, histories)))
         elif command.startswith("/"):
             print(f"{command} is no command: /clear, /system TEXT, /save FILE, /quit")
         elif line:
@@ -1896,6 +1910,9 @@ def chat(config):
                             print(printable(piece), end="", flush=True)
                     except KeyboardInterrupt:  # enough of this answer
                         pass
+                    except InputError as error:  # NaN: nothing to remember
+                        print(error)
+                        continue
                 print()
                 histories[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
@@ -1947,6 +1964,25 @@ $settings
 """
 
 
+def card_results(summary):
+    """(questions, table, verdict, versions) of the card, from the summary.json of a run.
+
+    Raises KeyError, TypeError, ValueError or AttributeError where it is something else.
+    """
+    before, after = summary["before"], summary["after"]
+    values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in
+              map(headline, (before, after))]
+    table = "\n".join(f"| {label} | {one} | {two} |" for label, one, two in (
+        (f"{'score' if 'score' in after else 'accuracy'} [95% interval]", *values),
+        ("format kept", *(f"{side['format_rate']:.3f}" for side in (before, after)))))
+    verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], after['n'])}."
+    if "majority_accuracy" in after:
+        verdict += f" Always giving the commonest answer: {after['majority_accuracy']:.3f}."
+    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+    versions += f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""
+    return f"{after['n']} held-out questions, greedy answers", table, verdict, versions
+
+
 def model_card(config, dtype):
     """Text of the card. What training did is read from the run's folder, in which the trained folder lies; of what is not there the
     card says that it is not known.
@@ -1958,21 +1994,17 @@ def model_card(config, dtype):
         except (OSError, ValueError):
             known[name] = {}
     settings, summary = known["config"], known["summary"]
-    measured = {side: summary[side] for side in ("before", "after") if side in summary}
-    table, questions, verdict = "| not known | | |", "held-out questions", "No summary.json of a training run lies beside the trained folder."
-    if len(measured) == 2:
-        name = "score" if "score" in measured["after"] else "accuracy"
-        values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in map(headline, measured.values())]
-        table = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in (
-            (f"{name} [95% interval]", *values), ("format kept", *(f"{side['format_rate']:.3f}" for side in measured.values()))))
-        questions = f"{measured['after']['n']} held-out questions, greedy answers"
-        verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], measured['after']['n'])}."
-        if "majority_accuracy" in measured["after"]:
-            verdict += f" Always giving the commonest answer: {measured['after']['majority_accuracy']:.3f}."
+    if not isinstance(settings, dict) or {type(settings.get(key)) for key in ("model", "data")} != {str}:
+        settings = {}  # of something else: transformers has a config.json too
+    try:
+        questions, table, verdict, versions = card_results(summary)
+    except (KeyError, TypeError, ValueError, AttributeError):  # none there, or of something else
+        questions, table, versions = "held-out questions", "| not known | | |", ""
+        verdict = "No summary.json of a training run lies beside the trained folder."
     try:  # the task is in the ids of the questions
         source = json.loads((run / "eval_after.jsonl").read_text(encoding="utf-8").split("\n")[0])["id"].partition(":")[0]
         task = next(name for name in TASKS if source.startswith(name))
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         task = ""
     if task and not settings.get("system_prompt"):
         words = TASKS[task].SYSTEM_PROMPT.replace("{classes}", "yes, no or maybe" if settings.get("maybe") else "yes or no")
@@ -1981,21 +2013,22 @@ def model_card(config, dtype):
         prompt = "It was trained with a system prompt of its own" + (f" ({settings['system_prompt']})." if task else ", which is not known here.")
     base = config.model if config.adapter or not settings else settings["model"]
     method = "GRPO" if "group_size" in settings else "supervised fine-tuning" if "num_epochs" in settings else "a run that is not known"
-    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
     on_hub = base.count("/") == 1 and not Path(base).exists()
     return Template(CARD).substitute(
         name=Path(config.out).name, base=base, base_line=f"base_model: {base}\n" if on_hub else "", method=method,
         data=f"{task} ({settings['data']})" if task and settings else "data that are not known", questions=questions, table=table,
         verdict=verdict, prompt=prompt, dtype=dtype,
-        versions=versions + (f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""),
+        versions=versions,
         settings=json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume", "wandb", "wandb_project")}, indent=1))
 
 
 def merge(config):
-    """Writes config.out, see Merge. Raises InputError."""
-    out = Path(config.out)
+    """Writes config.out, see Merge; all of it or nothing. Raises InputError."""
+    out = Path(config.out).resolve()
+    if not config.out:
+        raise InputError("--out is empty: name the folder to write")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out {out} is there already, and not an empty folder: take another")
+        raise InputError(f"--out {config.out} is there already, and not an empty folder: take another")
     model, tokenizer, compute = load_model(config.model, config.dtype)
     if config.adapter and hasattr(model, "peft_config"):
         raise InputError(f"--model {config.model} is an adapter folder: name the base there, or leave --adapter out")
@@ -2006,15 +2039,24 @@ def merge(config):
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:  # NaN in the adapter
             raise InputError(f"--adapter {config.adapter or config.model} cannot be merged: {error}") from None
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            advice = " (try --dtype bf16 or fp32)" * (compute == torch.float16)
+            raise InputError(f"--model {config.model} cannot be merged: {name} holds NaN or infinity{advice}")
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # a server stops where training did
+    card = model_card(config, str(compute).removeprefix("torch."))
+    new = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        (out / "README.md").write_text(model_card(config, str(compute).removeprefix("torch.")), encoding="utf-8")
+        new.mkdir(parents=True)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        new.rename(out)  # in place of an empty folder too
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error.strerror})") from None
-    print(f"written: {out}/ ({', '.join(sorted(path.name for path in out.iterdir()))})")
+        raise InputError(f"--out {config.out} cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f"written: {config.out}/ ({', '.join(sorted(path.name for path in out.iterdir()))})")
 
 
 if __name__ == "__main__":
