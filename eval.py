@@ -23,6 +23,7 @@ import fcntl
 import functools
 import html
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -59,7 +60,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import InputError, described, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors, pubmedqa
+from data import (InputError, check_knobs, described, ecg, hub_message, load_task, medical_o1, medmcqa,
+                  one_line_errors, pubmedqa)
 
 TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -435,6 +437,33 @@ def linears_of_a_token(model):
             del module.forward
 
 
+def draw(probabilities, uniform, width=512):
+    """One token a row of probabilities [N, V], which need not add up to 1: that at which their running sum
+    reaches the share `uniform` of the whole, [N, 1] in fp64, in (0, 1]. Returns [N, 1]; no token of
+    probability 0 is drawn; rows of NaN give some token.
+
+    In fp32 a running sum loses whatever stands behind a likely token. In fp64 that of a whole vocabulary
+    is slow: first a block of `width` tokens is drawn by the sums of the blocks, then a token of that block.
+    """
+    vocabulary = probabilities.shape[1]
+    if vocabulary <= 4 * width:
+        sums = probabilities.cumsum(dim=1, dtype=torch.double)
+        return torch.searchsorted(sums, uniform * sums[:, -1:]).clamp_(max=vocabulary - 1)
+    whole = vocabulary // width * width
+    rest = probabilities[:, whole:].sum(dim=1, keepdim=True)  # the last block, which may be empty
+    sums = torch.cat([probabilities[:, :whole].unflatten(1, (-1, width)).sum(dim=2), rest], dim=1)
+    sums = sums.cumsum(dim=1, dtype=torch.double)
+    wanted = uniform * sums[:, -1:]
+    block = torch.searchsorted(sums, wanted).clamp_(max=sums.shape[1] - 1)
+    below = sums.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0)
+    share = (wanted - below) / (sums.gather(1, block) - below)
+    places = block * width + torch.arange(width, device=block.device)
+    inside = probabilities.gather(1, places.clamp(max=vocabulary - 1)).masked_fill_(places >= vocabulary, 0)
+    inside = inside.cumsum(dim=1, dtype=torch.double)
+    place = torch.searchsorted(inside, share * inside[:, -1:]).clamp_(max=width - 1)
+    return places.gather(1, place).clamp_(max=vocabulary - 1)
+
+
 def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None, stop_strings=(),
              tokenizer=None):
     """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own distribution.
@@ -449,9 +478,10 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     device, width, rows = model.device, max(len(ids) for ids in prompt_ids), len(prompt_ids) * n
     advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or --max_completion_length where it was in "
               "training, --eval_batch_size where it was in evaluation")
-    completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
-    logps = torch.zeros(rows, max_new_tokens, device=device)
+    with memory_advice(advice):
+        completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+        completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
+        logps = torch.zeros(rows, max_new_tokens, device=device)
     with memory_advice(advice), torch.inference_mode():
         input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
@@ -469,10 +499,10 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
                 if temperature not in (0, 1):
                     logits = logits / temperature
                 probabilities = logits.softmax(dim=-1)
-                if temperature:  # one uniform number a row, looked up in the cumulative distribution
-                    cumulative = probabilities.cumsum(dim=-1)
-                    uniform = (1 - torch.rand(len(active), 1, generator=generator, device=device)) * cumulative[:, -1:]  # never 0
-                    token = torch.searchsorted(cumulative, uniform).clamp_(max=logits.shape[1] - 1)  # beyond it where logits are NaN
+                if temperature:
+                    uniform = torch.rand(len(active), 1, dtype=torch.double, generator=generator,
+                                         device=device)
+                    token = draw(probabilities, 1 - uniform)  # never 0
                 else:
                     token = logits.argmax(dim=-1, keepdim=True)
                 completion_ids[active, t] = token[:, 0]
@@ -599,6 +629,9 @@ def chosen_logps(model, hidden, tokens, temperature):
 
 # === evaluation =======================================================================================================
 
+NOT_NUMBERS = ("the model's probabilities are not numbers (NaN): its weights are broken, or too much for the "
+               "precision: try --dtype bf16 or fp32, or another model")
+
 
 def wilson_interval(successes, n, z=1.959964):
     """95% interval of a proportion, [low, high] (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
@@ -615,7 +648,10 @@ def mcnemar(before, after):
     only_before = sum(b > a for b, a in zip(before, after, strict=True))
     only_after = sum(a > b for b, a in zip(before, after, strict=True))
     n, k = only_before + only_after, min(only_before, only_after)
-    p_value = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    tail = 1.0  # sum of comb(n, j) for j <= k, over comb(n, k): each term is the next one's share of it
+    for i in range(1, k + 1):
+        tail = 1 + tail * i / (n - i + 1)
+    p_value = min(1.0, 2 * (math.comb(n, k) / 2**n) * tail)
     return {"only_before": only_before, "only_after": only_after, "p_value": p_value}
 
 
@@ -624,7 +660,10 @@ def bootstrap_interval(values, n=2000):
     doi:10.1214/aos/1176344552).
     """
     values, generator = numpy.asarray(values), numpy.random.default_rng(0)
-    means = values[generator.integers(0, len(values), (n, len(values)))].mean(axis=1)
+    means, some = [], max(1, 2**20 // len(values))  # resamples at a time: 16 MB of places and values
+    for first in range(0, n, some):
+        places = generator.integers(0, len(values), (min(some, n - first), len(values)))
+        means.extend(values[places].mean(axis=1))
     return [float(x) for x in numpy.percentile(means, [2.5, 97.5])]
 
 
@@ -634,9 +673,11 @@ def paired_test(before, after):
     """
     if "rule" not in before[0]:
         return mcnemar([r["accuracy"] for r in before], [r["accuracy"] for r in after])
-    scores = [[round(r["score"], 2) for r in records] for records in (before, after)]
-    differences = [b["score"] - a["score"] for a, b in zip(before, after)]
-    return {**mcnemar(*scores), "ties": sum(a == b for a, b in zip(*scores)), "difference": fmean(differences),
+    differences = [b["score"] - a["score"] for a, b in zip(before, after, strict=True)]
+    least = 0.01 - 1e-9  # 0.06 - 0.05 is a little less than 0.01
+    test = mcnemar([d <= -least for d in differences], [d >= least for d in differences])
+    ties = len(differences) - test["only_before"] - test["only_after"]
+    return {**test, "ties": ties, "difference": fmean(differences),
             "difference_ci95": bootstrap_interval(differences)}
 
 
@@ -712,8 +753,7 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
             ids, mask, logps = generate(model, prompts, temperature=0.0, **limits)
             sampled = generate(model, prompts, samples, temperature=temperature, generator=generator, **limits)[:2] if samples else None
         if logps.isnan().any():
-            raise InputError(f"{title}: the model's probabilities are not numbers (NaN): its weights are broken, or too much for the "
-                             "precision: try --dtype bf16 or fp32, or another model")
+            raise InputError(f"{title}: {NOT_NUMBERS}")
         texts, own = decode(tokenizer, ids, mask, stop_strings), [rows[i][0] for i in batch]
         for j, (i, row, text, scored) in enumerate(zip(batch, own, texts, score(texts, own))):
             length = int(mask[j].sum())
@@ -756,7 +796,10 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
                                          use_cache=False)[0]
             places = [(place, len(ids) - len(letter) + j, token) for place, _, _, ids, letter in wanted for j, token in enumerate(letter)]
             at, position, token = torch.tensor(places, device=model.device).T
-            scores = iter(chosen_logps(model, hidden[at, position], token, 1.0)[0].tolist())
+            scores = chosen_logps(model, hidden[at, position], token, 1.0)[0]
+        if not scores.isfinite().all():
+            raise InputError(f"{title}: {NOT_NUMBERS}")
+        scores = iter(scores.tolist())
         logps |= {(i, k): sum(next(scores) for _ in letter) for _, i, k, _, letter in wanted}
     records = []
     for i, (row, _) in enumerate(rows):
@@ -1510,6 +1553,17 @@ def synced(path):
     return path
 
 
+def write_whole(path, text):
+    """Writes a file aside and renames it: `path` is the old one or the whole new one. Raises OSError."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        synced(new).rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def compare(before_records, after_records):
     """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for summary.json."""
     before, after = summarize(before_records), summarize(after_records)
@@ -1631,27 +1685,12 @@ class Config:
     seed: int = 0  # of the samples
 
 
-def check_at_least(least, config, *fields):
-    """Raises InputError unless these fields of a config are at least `least` (NaN is not)."""
-    for field in fields:
-        if not getattr(config, field) >= least:
-            raise InputError(f"--{field} {getattr(config, field)}: at least {least} is needed")
-
-
 def check_config(config):
     """Raises InputError for knobs of a GRPO script that make no sense, before anything is loaded."""
-    check_at_least(1, config, "steps", "prompts_per_step", "max_prompt_length", "max_completion_length", "mu", "eval_size",
-                   "eval_batch_size")
-    check_at_least(0, config, "beta", "epsilon", "epsilon_high", "ref_every", "resample_zero_std", "limit", "warmup",
-                   "importance_cap", "completions_per_forward", "eval_every", "save_every")
-    if config.group_size < 2:
-        raise InputError(f"--group_size {config.group_size}: at least 2 are needed, an advantage compares a group's answers")
+    check_knobs(config)
     if config.loss_type == "cispo" and config.epsilon_high < 1:
         raise InputError(f"--loss_type cispo --epsilon_high {config.epsilon_high}: there it is the cap of the ratio itself, at "
                          "least 1 is needed: type --epsilon_high 5")
-    for field in ("learning_rate", "temperature", "max_grad_norm"):
-        if not 0 < getattr(config, field) < math.inf:
-            raise InputError(f"--{field} {getattr(config, field)}: more than 0 is needed")
 
 
 def check_rows(config, train, heldout, counts):
@@ -1666,6 +1705,8 @@ def check_rows(config, train, heldout, counts):
 def parse_heads(models):
     """[(name, model, adapter)] of --models; adapter is "" where there is none. Raises InputError."""
     heads = []
+    if not models:
+        raise InputError("--models names no head: NAME=MODEL or NAME=MODEL+ADAPTER is needed")
     for text in models:
         name, equals, model = text.partition("=")
         if not (name and equals and model):
@@ -1721,6 +1762,16 @@ def score_heads(config, heads, rows):
     return {name: results[name] for name, *_ in heads}, answered
 
 
+def write_results(folder, files):
+    """Writes the files of a result, {name: text}, the mark, summary.json, last. Raises InputError."""
+    for name, text in files.items():
+        try:
+            write_whole(folder / name, text)
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be written ({error.strerror}): make room, or take "
+                             "another --out, and start again") from None
+
+
 def compare_heads(config, folder, rows, results):
     """Writes results.jsonl, summary.json and report.html of score_heads, and prints the paired tests."""
     summaries = {name: {mode: summarize(records) for mode, records in modes.items()} for name, modes in results.items()}
@@ -1738,16 +1789,16 @@ def compare_heads(config, folder, rows, results):
         lines.append({"id": row["id"], "question": row["extra"]["question"], "options": row["extra"].get("options", []),
                       "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
                       "answers": answers.get("generated") or {}, "loglikelihood": answers.get("loglikelihood") or {}})
-    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / "report.html").write_text(report_html(f"{config.task}: {', '.join(results)}", summaries, lines, paired), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps({"heads": summaries, "paired": paired, "config": asdict(config),
-                                                     "versions": versions()}, indent=1) + "\n")
+    summary = {"heads": summaries, "paired": paired, "config": asdict(config), "versions": versions()}
+    page = report_html(f"{config.task}: {', '.join(results)}", summaries, lines, paired)
+    write_results(folder, {"results.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+                           "report.html": page,
+                           "summary.json": json.dumps(summary, indent=1) + "\n"})
 
 
 def main(config):
     """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises InputError."""
-    check_at_least(1, config, "max_prompt_length", "max_completion_length", "eval_batch_size")
-    check_at_least(0, config, "eval_size", "limit", "samples")
+    check_knobs(config, "temperature", "eval_size")
     heads = parse_heads(config.models or (f"model={config.model}",))
     if config.mode != "generated" and config.task != "medmcqa":
         raise InputError(f"--mode {config.mode} scores option letters, which --task {config.task} does not have")
@@ -1763,6 +1814,7 @@ def main(config):
     rows = rows[:config.eval_size or None]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # is it writable? Better known now than after the scoring
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror})") from None
     results, rows = score_heads(config, heads, rows)
@@ -1773,8 +1825,9 @@ def main(config):
     [modes] = results.values()
     records = modes.get("generated") or modes["loglikelihood"]
     summary = {**summarize(records), **({"loglikelihood": summarize(modes["loglikelihood"])} if config.mode == "both" else {})}
-    (folder / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps({**summary, "config": asdict(config), "versions": versions()}, indent=1) + "\n")
+    summary |= {"config": asdict(config), "versions": versions()}
+    write_results(folder, {"eval.jsonl": "".join(json.dumps(record) + "\n" for record in records),
+                           "summary.json": json.dumps(summary, indent=1) + "\n"})
     print(f"written: {folder}/summary.json, {folder}/eval.jsonl")
 
 
@@ -1797,14 +1850,20 @@ class Chat:
 
 
 def stream(model, tokenizer, prompt_ids, compute, config, generator):
-    """Yields the text of one answer, piece by piece, as `generate` would sample it."""
+    """Yields the text of one answer, piece by piece, as `generate` would sample it; InputError for NaN."""
     stops, ids, text, cache = set(stop_ids(model, tokenizer)), [], "", DynamicCache()
     inputs = torch.tensor([prompt_ids], device=model.device)
     for _ in range(config.max_completion_length):
         with torch.inference_mode(), autocast(compute):
-            logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
-        token = int(logits.argmax() if not config.temperature else torch.multinomial(
-            (logits / config.temperature).softmax(dim=-1), 1, generator=generator))
+            logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            probabilities = (logits.float() / (config.temperature or 1)).softmax(dim=-1)
+            if probabilities.isnan().any():
+                raise InputError(NOT_NUMBERS)
+            if config.temperature:
+                uniform = torch.rand(1, 1, generator=generator, device=model.device, dtype=torch.double)
+                token = int(draw(probabilities, 1 - uniform))
+            else:
+                token = int(probabilities.argmax())
         if token in stops:
             break
         ids.append(token)
@@ -1815,10 +1874,26 @@ def stream(model, tokenizer, prompt_ids, compute, config, generator):
     yield tokenizer.decode(ids, skip_special_tokens=True)[len(text):]
 
 
+SAVED_CHAT = b'{\n "system": '  # how the file of /save begins
+
+
+def save_chat(name, system, histories):
+    """Writes a conversation as JSON; returns the line for the user. A file of another kind stays as it is."""
+    try:
+        path = Path(name)
+        if path.exists():
+            with open(path if path.is_file() else os.devnull, "rb") as file:
+                if file.read(len(SAVED_CHAT)) != SAVED_CHAT:
+                    return f"{name} is there already and no saved chat: take another name"
+        write_whole(path, json.dumps({"system": system, "heads": histories}, indent=1) + "\n")
+    except (OSError, ValueError) as error:  # the latter: a null byte
+        return f"{name}: cannot be written ({getattr(error, 'strerror', None) or error})"
+    return f"saved: {name}"
+
+
 def chat(config):
     """Reads lines from the keyboard or a pipe until /quit or its end; see Chat."""
-    check_at_least(1, config, "max_completion_length")
-    check_at_least(0, config, "temperature")
+    check_knobs(config, "temperature")
     heads, loaded = parse_heads(config.models), {}
     system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no") if config.task else config.system
     for name, source, adapter in heads:
@@ -1828,11 +1903,17 @@ def chat(config):
             model, *rest = loaded[source]
             loaded[source] = (read_adapter(model, adapter, source, name), *rest)
     histories, generator = {name: [] for name, *_ in heads}, torch.Generator(loaded[heads[0][1]][0].device).manual_seed(config.seed)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 spoil their line alone
     keyboard = sys.stdin.isatty()
     print("type a message; /clear, /system TEXT, /save FILE, /quit or Ctrl-D" if keyboard else f"heads: {', '.join(histories)}")
     while True:
         try:
             line = input("you: " if keyboard else "").strip()
+            line.encode()
+        except UnicodeEncodeError:
+            print("a line that is no UTF-8 was left out")
+            continue
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -1846,11 +1927,7 @@ def chat(config):
             histories = {name: [] for name in histories}
             print("system prompt: " + (system or "none") if command == "/system" else "cleared")
         elif command == "/save":
-            try:
-                Path(argument.strip() or "chat.json").write_text(json.dumps({"system": system, "heads": histories}, indent=1) + "\n")
-                print(f"saved: {argument.strip() or 'chat.json'}")
-            except OSError as error:
-                print(f"{argument}: cannot be written ({error.strerror})")
+            print(printable(save_chat(argument.strip() or "chat.json", system, histories)))
         elif command.startswith("/"):
             print(f"{command} is no command: /clear, /system TEXT, /save FILE, /quit")
         elif line:
@@ -1869,6 +1946,9 @@ def chat(config):
                             print(printable(piece), end="", flush=True)
                     except KeyboardInterrupt:  # enough of this answer
                         pass
+                    except InputError as error:  # NaN: nothing to remember
+                        print(error)
+                        continue
                 print()
                 histories[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
@@ -1920,6 +2000,25 @@ $settings
 """
 
 
+def card_results(summary):
+    """(questions, table, verdict, versions) of the card, from the summary.json of a run.
+
+    Raises KeyError, TypeError, ValueError or AttributeError where it is something else.
+    """
+    before, after = summary["before"], summary["after"]
+    values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in
+              map(headline, (before, after))]
+    table = "\n".join(f"| {label} | {one} | {two} |" for label, one, two in (
+        (f"{'score' if 'score' in after else 'accuracy'} [95% interval]", *values),
+        ("format kept", *(f"{side['format_rate']:.3f}" for side in (before, after)))))
+    verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], after['n'])}."
+    if "majority_accuracy" in after:
+        verdict += f" Always giving the commonest answer: {after['majority_accuracy']:.3f}."
+    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
+    versions += f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""
+    return f"{after['n']} held-out questions, greedy answers", table, verdict, versions
+
+
 def model_card(config, dtype):
     """Text of the card. What training did is read from the run's folder, in which the trained folder lies; of what is not there the
     card says that it is not known.
@@ -1931,21 +2030,17 @@ def model_card(config, dtype):
         except (OSError, ValueError):
             known[name] = {}
     settings, summary = known["config"], known["summary"]
-    measured = {side: summary[side] for side in ("before", "after") if side in summary}
-    table, questions, verdict = "| not known | | |", "held-out questions", "No summary.json of a training run lies beside the trained folder."
-    if len(measured) == 2:
-        name = "score" if "score" in measured["after"] else "accuracy"
-        values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in map(headline, measured.values())]
-        table = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in (
-            (f"{name} [95% interval]", *values), ("format kept", *(f"{side['format_rate']:.3f}" for side in measured.values()))))
-        questions = f"{measured['after']['n']} held-out questions, greedy answers"
-        verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], measured['after']['n'])}."
-        if "majority_accuracy" in measured["after"]:
-            verdict += f" Always giving the commonest answer: {measured['after']['majority_accuracy']:.3f}."
+    if not isinstance(settings, dict) or {type(settings.get(key)) for key in ("model", "data")} != {str}:
+        settings = {}  # of something else: transformers has a config.json too
+    try:
+        questions, table, verdict, versions = card_results(summary)
+    except (KeyError, TypeError, ValueError, AttributeError):  # none there, or of something else
+        questions, table, versions = "held-out questions", "| not known | | |", ""
+        verdict = "No summary.json of a training run lies beside the trained folder."
     try:  # the task is in the ids of the questions
         source = json.loads((run / "eval_after.jsonl").read_text(encoding="utf-8").split("\n")[0])["id"].partition(":")[0]
         task = next(name for name in TASKS if source.startswith(name))
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         task = ""
     if task and not settings.get("system_prompt"):
         words = TASKS[task].SYSTEM_PROMPT.replace("{classes}", "yes, no or maybe" if settings.get("maybe") else "yes or no")
@@ -1954,21 +2049,22 @@ def model_card(config, dtype):
         prompt = "It was trained with a system prompt of its own" + (f" ({settings['system_prompt']})." if task else ", which is not known here.")
     base = config.model if config.adapter or not settings else settings["model"]
     method = "GRPO" if "group_size" in settings else "supervised fine-tuning" if "num_epochs" in settings else "a run that is not known"
-    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
     on_hub = base.count("/") == 1 and not Path(base).exists()
     return Template(CARD).substitute(
         name=Path(config.out).name, base=base, base_line=f"base_model: {base}\n" if on_hub else "", method=method,
         data=f"{task} ({settings['data']})" if task and settings else "data that are not known", questions=questions, table=table,
         verdict=verdict, prompt=prompt, dtype=dtype,
-        versions=versions + (f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""),
+        versions=versions,
         settings=json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume", "wandb", "wandb_project")}, indent=1))
 
 
 def merge(config):
-    """Writes config.out, see Merge. Raises InputError."""
-    out = Path(config.out)
+    """Writes config.out, see Merge; all of it or nothing. Raises InputError."""
+    out = Path(config.out).resolve()
+    if not config.out:
+        raise InputError("--out is empty: name the folder to write")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out {out} is there already, and not an empty folder: take another")
+        raise InputError(f"--out {config.out} is there already, and not an empty folder: take another")
     model, tokenizer, compute = load_model(config.model, config.dtype)
     if config.adapter and hasattr(model, "peft_config"):
         raise InputError(f"--model {config.model} is an adapter folder: name the base there, or leave --adapter out")
@@ -1979,15 +2075,24 @@ def merge(config):
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:  # NaN in the adapter
             raise InputError(f"--adapter {config.adapter or config.model} cannot be merged: {error}") from None
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            advice = " (try --dtype bf16 or fp32)" * (compute == torch.float16)
+            raise InputError(f"--model {config.model} cannot be merged: {name} holds NaN or infinity{advice}")
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # a server stops where training did
+    card = model_card(config, str(compute).removeprefix("torch."))
+    new = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        (out / "README.md").write_text(model_card(config, str(compute).removeprefix("torch.")), encoding="utf-8")
+        new.mkdir(parents=True)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        new.rename(out)  # in place of an empty folder too
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error.strerror})") from None
-    print(f"written: {out}/ ({', '.join(sorted(path.name for path in out.iterdir()))})")
+        raise InputError(f"--out {config.out} cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f"written: {config.out}/ ({', '.join(sorted(path.name for path in out.iterdir()))})")
 
 
 if __name__ == "__main__":

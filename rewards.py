@@ -11,9 +11,11 @@ trains a reward model for free-text answers on preference pairs made from prepar
 import functools
 import json
 import math
+import os
 import random
 import re
 import sys
+import tempfile
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -700,12 +702,28 @@ class Train:
     seed: int = 0  # of pairs, order and the fresh output layer
 
 
+# (least, most) of the numbers among these knobs: what data.RANGES says of them (a test compares)
+TRAIN_RANGES = {
+    "lora_r": (0, 4096),
+    "num_epochs": (1, 10**6),
+    "batch_size": (1, 10**6),
+    "learning_rate": (1e-12, 10),
+    "max_length": (1, 2**20),
+    "limit": (0, 10**9),
+    "eval_size": (1, 10**9),
+    "seed": (0, 2**63 - 1),
+}
+
+
 def read_rows(path, wanted):
     """Prepared free-text rows of a JSON-lines file; exits with one line where there are none."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         found = [row for row in rows if row["data_source"] in METHOD and row["extra"]["question"] and row["ground_truth"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for row in found:
+            if {type(row["extra"]["question"]), type(row["ground_truth"])} != {str}:
+                raise TypeError("a question or an answer that is no text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SystemExit(refused(f"{path}: cannot be read as prepared rows ({type(error).__name__}: {error}); make them with python -m data.prepare ecg"))
     if len(found) < wanted:
         raise SystemExit(refused(f"{path}: {len(found)} free-text rows where at least {wanted} are needed (sources {', '.join(METHOD)})"))
@@ -714,7 +732,9 @@ def read_rows(path, wanted):
 
 def refused(message):
     """Prints a message for bad input, on one line; returns the exit code."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    print(f"error: {line}", file=sys.stderr)
     return 2
 
 
@@ -739,11 +759,15 @@ def train_reward_model(config):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     transformers.logging.set_verbosity_error()  # that the output layer is new is no news
     transformers.utils.logging.disable_progress_bar()
-    if min(config.num_epochs, config.batch_size, config.max_length, config.eval_size) < 1 or not config.learning_rate > 0:
-        raise SystemExit(refused("--num_epochs, --batch_size, --max_length, --eval_size and --learning_rate must be more than 0"))
-    folder, out = Path(config.data), Path(config.out)
-    if (out / "summary.json").exists():
-        raise SystemExit(refused(f"--out {out} holds another result (summary.json): take another folder"))
+    for name, (least, most) in TRAIN_RANGES.items():
+        value = getattr(config, name)
+        if not least <= value <= most:
+            raise SystemExit(refused(f"--{name} {value}: at least {least:,} and at most {most:,} is needed"))
+    folder, out = Path(config.data), Path(config.out).resolve()
+    if not config.out:
+        raise SystemExit(refused("--out is empty: name the folder to write"))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SystemExit(refused(f"--out {config.out} is there, and not an empty folder: take another"))
     train = read_rows(folder / "train.jsonl", 2)[:config.limit or None]
     heldout = read_rows(folder / "heldout.jsonl", 2)[:config.eval_size]
     base = str(Path(__file__).parent / "data" / "tiny") if config.base == "tiny" else config.base
@@ -752,7 +776,7 @@ def train_reward_model(config):
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32, use_safetensors=True,
                                                                    trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a dozen types of transformers and hub, one thing to the user: no model
         raise SystemExit(refused(f"--base {config.base} cannot be loaded ({type(error).__name__}: {str(error)[:200]})"))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -760,6 +784,11 @@ def train_reward_model(config):
     if config.lora_r:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear", task_type="SEQ_CLS"))
+    try:  # to be renamed at the end: then --out is whole or not there
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent)  # gone where this one ends
+    except OSError as error:
+        raise SystemExit(refused(f"--out {config.out} cannot be written ({error.strerror})"))
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"reward model: {config.base}, {sum(p.numel() for p in trained):,} weights to train on {len(train)} questions, {len(heldout)} held out")
 
@@ -798,6 +827,8 @@ def train_reward_model(config):
 
     model.eval()
     tested, right, seen = pairs_of(heldout, random.Random(config.seed + 1)), Counter(), []
+    if not tested:
+        raise SystemExit(refused(f"{folder / 'heldout.jsonl'}: no answer can be made worse, there are no pairs"))
     with torch.inference_mode():
         for first in range(0, len(tested), 64):
             part = tested[first:first + 64]
@@ -805,22 +836,54 @@ def train_reward_model(config):
             seen.append(both.flatten())
             right.update(kind for (kind, *_), better in zip(part, (both[0] > both[1]).tolist()) if better)
     counts, seen = Counter(kind for kind, *_ in tested), torch.cat(seen)
+    if not seen.isfinite().all():
+        raise SystemExit(refused(f"--learning_rate {config.learning_rate}: the trained model's scores are NaN, "
+                                 "nothing is written: lower it, or take another --base"))
     summary = {"accuracy": sum(right.values()) / len(tested), "n": len(tested),
                "by_kind": {kind: {"accuracy": right[kind] / n, "n": n} for kind, n in counts.items()},
                "base": config.base, "data": config.data, "steps": len(curve), "seed": config.seed}
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "normalisation.json").write_text(json.dumps({"mean": seen.mean().item(), "std": max(1e-6, seen.std().item())}) + "\n")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    made = Path(aside.name) / "model"
+    scale = {"mean": seen.mean().item(), "std": max(1e-6, seen.std().item())}
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    (made / "normalisation.json").write_text(json.dumps(scale) + "\n")
+    (made / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    made.rename(out)  # in place of an empty folder too
+    aside.cleanup()
     print(f"{'held-out pairs':28}{'right':>8}{'of':>7}")
     for kind, part in [*summary["by_kind"].items(), ("all", summary)]:
         print(f"{kind:28}{part['accuracy']:8.3f}{part['n']:7}")
-    print(f"written: {out}/")
+    print(f"written: {config.out}/")
     return summary
 
 
-if __name__ == "__main__":
+def main(arguments):
+    """The command line after `python rewards.py`. Ends as all other commands do (data.one_line_errors): a path
+    that the system refuses, a full disk, too little memory with exit code 2 and one line, Ctrl-C with 130.
+    """
     import tyro
-    if sys.argv[1:2] != ["train"]:
-        sys.exit(refused("python rewards.py train PREPARED_FOLDER trains a reward model; python rewards.py train --help shows its knobs"))
-    train_reward_model(tyro.cli(Train, args=sys.argv[2:], use_underscores=True, config=(tyro.conf.PositionalRequiredArgs,)))
+    if arguments[:1] != ["train"]:
+        sys.exit(refused("python rewards.py train PREPARED_FOLDER trains a reward model; "
+                         "python rewards.py train --help shows its knobs"))
+    try:
+        train_reward_model(tyro.cli(Train, args=arguments[1:], use_underscores=True,
+                                    config=(tyro.conf.PositionalRequiredArgs,)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # who read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        text = str(error)
+        if "No space left on device" in text or "os error 28" in text:  # the latter is safetensors'
+            text = f"the disk is full ({text}): make room, nothing was written"
+        elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+            text = f"out of memory ({text[:200]}): lower --batch_size or --max_length, or change --base"
+        elif not isinstance(error, OSError):
+            raise
+        sys.exit(refused(text))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -22,7 +22,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
 import eval as evaluation
-from data import InputError, load_task, one_line_errors
+from data import InputError, check_knobs, load_task, one_line_errors
 
 GPU = torch.cuda.is_available()
 LLAMA = "meta-llama/Llama-3.2-3B-Instruct"
@@ -126,11 +126,7 @@ def completion_nll(model, batch, compute):
 
 def main(config):
     """The whole run: load, evaluate, train epoch by epoch, evaluate, save. Raises InputError."""
-    evaluation.check_at_least(1, config, "num_epochs", "batch_size", "gradient_accumulation_steps", "max_seq_length", "eval_size",
-                              "eval_batch_size", "max_completion_length")
-    evaluation.check_at_least(0, config, "lora_r", "limit", "eval_every", "save_every")
-    if not (config.learning_rate > 0 and config.max_grad_norm > 0):
-        raise InputError("--learning_rate and --max_grad_norm must be more than 0")
+    check_knobs(config, "lora_r")
     out = config.out or ("" if config.resume else f"runs/sft-{config.task}")  # --resume needs --out, which Run says
     run = evaluation.Run("sft", replace(config, out=out), PANELS)
     if run.finished:

@@ -19,14 +19,85 @@ from pathlib import Path
 ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str, "extra": dict}
 
 
+# What a number among the knobs may be, (least, most), by the knob's name, which means the same in all
+# commands. A new knob needs its place here (tests/test_knobs.py). The upper ends lie beyond any use.
+RANGES = {
+    # model
+    "lora_r": (1, 4096),
+    "lora_alpha": (1, 10**6),
+    # data
+    "limit": (0, 10**9),
+    "max_prompt_length": (1, 2**20),
+    "max_seq_length": (1, 2**20),
+    "max_length": (1, 2**20),
+    # rollout
+    "steps": (1, 10**9),
+    "prompts_per_step": (1, 10**5),
+    "group_size": (2, 10**4),
+    "max_completion_length": (1, 2**20),
+    "temperature": (0.01, 100),
+    "resample_zero_std": (0, 1000),
+    "samples": (0, 10**4),
+    # reward
+    "correct_weight": (0, 1000),
+    "similarity_weight": (0, 1000),
+    "tag_weight": (0, 1000),
+    "weights": (1e-6, 1000),
+    "learned_weight": (0, 1000),
+    # loss
+    "mu": (1, 1000),
+    "beta": (0, 100),
+    "ref_every": (0, 10**9),
+    "epsilon": (0, 1),
+    "epsilon_high": (0, 10**6),
+    "importance_cap": (0, 10**6),
+    # optimiser
+    "num_epochs": (1, 10**6),
+    "batch_size": (1, 10**6),
+    "gradient_accumulation_steps": (1, 10**6),
+    "learning_rate": (1e-12, 10),
+    "warmup": (0, 1),
+    "max_grad_norm": (1e-6, 1e9),
+    "completions_per_forward": (0, 10**4),
+    # evaluation
+    "eval_size": (1, 10**9),
+    "eval_every": (0, 10**9),
+    "eval_batch_size": (1, 10**5),
+    # run
+    "save_every": (0, 10**9),
+    "seed": (0, 2**63 - 1),
+    # the built-in model (data/tiny.py)
+    "hidden": (8, 4096),
+    "layers": (1, 100),
+}
+
+
 class InputError(Exception):
     """Bad input from the user: the message is one line that says what is wrong, where, and what to do."""
 
 
+def check_knobs(config, *or_zero):
+    """Raises InputError for a number among a command's knobs that RANGES rules out, as NaN and infinity are.
+
+    config: a dataclass or another object with knobs as attributes; of a dict of numbers each is looked at.
+    or_zero: names of knobs that may be 0 as well, which turns them off or means all.
+    """
+    for name, given in vars(config).items():
+        for key, value in given.items() if isinstance(given, dict) else [("", given)]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            least, most = RANGES[name]
+            if not (least <= value <= most or value == 0 and name in or_zero):
+                knob = " ".join(["--" + name, *[key] * bool(key), str(value)])
+                zero = ", or 0" * (name in or_zero)
+                raise InputError(f"{knob}: at least {least:,} and at most {most:,} is needed{zero}")
+
+
 @contextmanager
 def one_line_errors():
-    """Around a script's main: an InputError, a full disk or memory running out is printed as one line and ends the process with exit
-    code 2, Ctrl-C with 130, a closed pipe with 141. Whatever else is raised is a bug and keeps its traceback.
+    """Around a script's main: an InputError, a path that the system refuses, a full disk or memory running
+    out is printed as one line and ends the process with exit code 2, Ctrl-C with 130, a closed pipe with 141.
+    Whatever else is raised is a bug and keeps its traceback.
     """
     try:
         yield
@@ -42,6 +113,8 @@ def one_line_errors():
             text = f"the disk is full ({text}): make room; what was saved before is whole"
         elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
             text = text if isinstance(error, InputError) else f"out of memory ({text[:200]}): take a smaller --model or smaller batches"
+        elif isinstance(error, OSError) and error.filename is not None:  # a name too long, say, or no access
+            text = f"{error.filename}: {error.strerror}"
         elif not isinstance(error, InputError):
             raise
         print("error: " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())), file=sys.stderr)

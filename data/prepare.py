@@ -21,7 +21,8 @@ import tyro
 from transformers import AutoTokenizer
 from tyro.conf import Positional
 
-from data import InputError, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors, pubmedqa
+from data import (InputError, check_knobs, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors,
+                  pubmedqa)
 
 TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 
@@ -72,6 +73,7 @@ def export_verl(rows, split, path):
 
 def main(config):
     """Writes train.jsonl and heldout.jsonl (and parquet files where asked for), and prints what they hold. Raises InputError."""
+    check_knobs(config)
     train, heldout, counts = load_task(TASKS[config.task], config)
     name = Path(__file__).parent / "tiny" if config.tokenizer == "tiny" else config.tokenizer
     try:

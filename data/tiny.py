@@ -18,7 +18,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
-from data import medmcqa, pubmedqa, question_hash
+from data import InputError, check_knobs, medmcqa, one_line_errors, pubmedqa, question_hash
 
 FOLDER = Path(__file__).parent / "tiny"
 CARELESS = 0.6  # share of demonstrations by the careless annotator
@@ -98,7 +98,13 @@ def padded_batch(tokenizer, stream, size):
 
 
 def main(out, steps, batch_size, learning_rate, hidden, layers, seed):
-    """Trains the built-in model and its tokenizer from the built-in text and writes them into `out`."""
+    """Trains the built-in model and its tokenizer from the built-in text and writes them into `out`.
+
+    Raises InputError.
+    """
+    if hidden % 8:
+        raise InputError(f"--hidden {hidden}: a multiple of 8 is needed (four heads, each of an even width)")
+    Path(out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     streams = {"trials": (pubmedqa_demonstrations(seed), batch_size), "guesses": (guess_demonstrations(seed), batch_size),
                "facts": (textbook_demonstrations(seed), 4 * batch_size)}
@@ -143,4 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--hidden", type=int, default=160)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    main(**vars(parser.parse_args()))
+    with one_line_errors():
+        arguments = parser.parse_args()
+        check_knobs(arguments)
+        main(**vars(arguments))

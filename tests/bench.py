@@ -143,14 +143,14 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
     scaler, generator = torch.amp.GradScaler(DEVICE.type, enabled=False), torch.Generator(DEVICE).manual_seed(0)
 
     def sample():
-        search, t = torch.searchsorted, itertools.count()
+        usual, t = evaluation.draw, itertools.count()
 
-        def draw(cumulative, uniform):
-            tokens = search(cumulative, uniform).clamp_(min=EOS + 1)
+        def draw(probabilities, uniform):
+            tokens = usual(probabilities, uniform).clamp_(min=EOS + 1)
             tokens[bench.ending(len(tokens), next(t))] = EOS
             return tokens
 
-        with evaluation.autocast(compute), mock.patch.object(torch, "searchsorted", draw):
+        with evaluation.autocast(compute), mock.patch.object(evaluation, "draw", draw):
             return evaluation.generate(model, bench.prompts, s["G"], max_new_tokens=s["completion"][1], stop_ids=[EOS], generator=generator)
 
     def update(ids, mask, logps):

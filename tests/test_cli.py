@@ -1,6 +1,8 @@
 """The scripts as a user runs them: files they leave, bad input in one line, kill and resume."""
+import errno
 import http.server
 import json
+import math
 import os
 import re
 import signal
@@ -8,8 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -37,6 +43,17 @@ def in_process(*arguments):
     try:
         with one_line_errors():
             grpo.main(grpo.parse(list(map(str, arguments))))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def scored(*arguments):
+    """eval.py without a new process; returns the exit code."""
+    try:
+        with one_line_errors():
+            arguments = list(map(str, arguments))
+            evaluation.main(evaluation.tyro.cli(evaluation.Config, args=arguments, use_underscores=True))
     except SystemExit as end:
         return end.code
     return 0
@@ -309,6 +326,152 @@ def test_statistics_against_known_values():
     assert evaluation.mcnemar([1, 0], [1, 0])["p_value"] == 1
     # by hand: yes has precision 2/3 and recall 1, so F1 0.8; no has neither
     assert evaluation.macro_f1(["yes", "yes", "no", "no"], ["yes", "yes", "yes", ""]) == pytest.approx((0.8 + 0) / 2)
+
+
+def test_mcnemar_is_exact_and_quick_with_many_discordant_pairs():
+    for n in (1, 2, 3, 11, 40, 333, 1000):
+        for k in {0, 1, n // 7, n // 3, n // 2 - 1, n // 2} & set(range(n // 2 + 1)):
+            wanted = min(1, Fraction(2 * sum(math.comb(n, i) for i in range(k + 1)), 2**n))
+            got = evaluation.mcnemar([1] * k + [0] * (n - k), [0] * k + [1] * (n - k))
+            assert (got["only_before"], got["only_after"]) == (k, n - k)
+            assert got["p_value"] == pytest.approx(float(wanted), rel=1e-12)
+    clock = time.perf_counter()
+    test = evaluation.mcnemar([1] * 9900 + [0] * 10100, [0] * 9900 + [1] * 10100)
+    assert time.perf_counter() - clock < 1  # 34 s as a sum of integers; 0.02 s now
+    # by the normal approximation with continuity correction: z = 199 / sqrt(20000)
+    assert test["p_value"] == pytest.approx(math.erfc(199 / math.sqrt(20_000) / math.sqrt(2)), rel=1e-3)
+    assert evaluation.mcnemar([1] * 3000, [0] * 3000)["p_value"] == 0  # 2**-2999, which no float holds
+
+
+def test_the_bootstrap_of_many_rows_takes_little_memory_and_the_same_resamples():
+    values = numpy.random.default_rng(1).random(700)
+    places = numpy.random.default_rng(0).integers(0, 700, (2000, 700))  # all at once, as it was
+    whole = values[places].mean(axis=1)
+    assert evaluation.bootstrap_interval(values) == numpy.percentile(whole, [2.5, 97.5]).tolist()
+    tracemalloc.start()
+    low, high = evaluation.bootstrap_interval([0.0, 1.0] * 22_500, 400)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6  # 290 MB at once, and five times that with its 2,000 resamples
+    assert 0.494 < low < 0.497 and 0.503 < high < 0.506  # 0.5 -+ 1.96 * sqrt(0.25 / 45,000)
+
+
+def test_the_sign_test_counts_differences_of_0_01_not_rounded_scores():
+    before = [0.014, 0.016, 0.05, 0.504, 0.30, 0.70]
+    after = [0.016, 0.014, 0.06, 0.496, 0.31, 0.30]  # +0.002, -0.002, +0.01, -0.008, +0.01, -0.4
+    records = [[{"rule": s, "score": s} for s in scores] for scores in (before, after)]
+    test = evaluation.paired_test(*records)
+    assert (test["only_after"], test["only_before"], test["ties"]) == (2, 1, 3)
+
+
+def shares(probabilities, tokens):
+    """How much of (0, 1] gives each of these tokens, by bisection: what is drawn rises with the number."""
+    edges = []
+    for some in torch.as_tensor(tokens).split(64):
+        row = probabilities.expand(2 * len(some), -1)
+        at_least = torch.cat([some, some + 1])[:, None]  # the edge below each token, and the one above
+        low = torch.zeros(len(at_least), 1, dtype=torch.double)
+        high = torch.ones_like(low)
+        for _ in range(55):
+            middle = (low + high) / 2
+            above = evaluation.draw(row, middle) >= at_least
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        edges.append((high[len(some):] - high[:len(some)])[:, 0])
+    return torch.cat(edges)
+
+
+@pytest.mark.parametrize("vocabulary, peak, tail, wanted", [
+    (151_936, 8_152, 4.5e-4, 128), (3_000, 300, 1e-5, 3_000), (1_500, 0, 1e-7, 1_500),
+    (4_096, 4_095, 1e-4, 600)])
+def test_every_token_behind_a_peaked_one_can_be_drawn_as_often_as_it_should(vocabulary, peak, tail, wanted):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, vocabulary, generator=generator)
+    logits[0, peak] = 0
+    others = logits.double().exp().sum() - 1
+    logits[0, peak] = (others * (1 - tail) / tail).log()  # the others share the mass `tail`
+    probabilities = logits.softmax(dim=1)
+    if vocabulary > 100_000:  # a running sum in fp32 stands still on most of what comes behind the peak
+        assert (probabilities.cumsum(dim=1).diff()[0, peak:] == 0).sum() > 50_000
+    tokens = torch.randperm(vocabulary, generator=generator)[:wanted]
+    exact = probabilities[0].double() / probabilities.double().sum()
+    assert (exact[tokens] > 1e-12).all()
+    assert shares(probabilities, tokens).tolist() == pytest.approx(exact[tokens].tolist(), rel=1e-6)
+    assert shares(probabilities, [peak]).tolist() == pytest.approx([exact[peak].item()], rel=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1_000, 5_000])
+def test_what_is_drawn_follows_the_softmax(vocabulary):
+    generator = torch.Generator().manual_seed(1)
+    probabilities = torch.randn(1, vocabulary, generator=generator).mul(1.5).softmax(dim=1)
+    counts, n = torch.zeros(vocabulary, dtype=torch.double), 60_000
+    for _ in range(n // 1_000):
+        uniform = 1 - torch.rand(1_000, 1, generator=generator, dtype=torch.double)
+        token = evaluation.draw(probabilities.expand(1_000, -1), uniform)
+        counts += token[:, 0].bincount(minlength=vocabulary)
+    expected = probabilities[0].double() * n
+    rare = expected < 5  # in one class, as Pearson's test asks for
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    statistic, freedom = ((counts - expected) ** 2 / expected).sum().item(), len(counts) - 1
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom), (statistic, freedom)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 2_048, 2_049, 4_096, 5_000, 151_936])
+def test_no_token_beyond_the_vocabulary_or_of_probability_0_is_drawn(vocabulary):
+    uniform = torch.tensor([[2.0**-53], [1e-9], [0.3], [0.5], [1 - 2.0**-53], [1.0]], dtype=torch.double)
+    drawn = evaluation.draw(torch.full((6, vocabulary), torch.nan), uniform)
+    assert drawn.shape == (6, 1) and (0 <= drawn).all() and (drawn < vocabulary).all()
+    for token in {0, vocabulary // 2, vocabulary - 1}:
+        alone = torch.zeros(6, vocabulary)
+        alone[:, token] = 1e-30  # need not add up to 1
+        assert evaluation.draw(alone, uniform).flatten().tolist() == [token] * 6
+
+
+def test_likelihoods_that_are_not_numbers_are_refused(family_folder, tmp_path, capsys):
+    model, tokenizer, _ = evaluation.load_model(family_folder("qwen2"))
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    for mode in ("loglikelihood", "generated"):
+        capsys.readouterr()
+        assert scored("--task", "medmcqa", "--mode", mode, "--model", tmp_path / "nan", "--eval_size", 3,
+                      "--out", tmp_path / "e") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: model: the model's probabilities are not numbers (NaN)")
+        assert error.count("\n") == 1
+    assert not list((tmp_path / "e").iterdir())
+
+
+def test_a_full_disk_leaves_no_summary_that_blocks_the_folder(tmp_path, monkeypatch, capsys):
+    usual, out = Path.write_text, tmp_path / "e"
+
+    def full(path, text, **options):
+        if "summary.json" in path.name:
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return usual(path, text, **options)
+
+    for flags in (["--model", "tiny"], ["--models", "a=tiny", "b=tiny"]):
+        arguments = [*flags, "--eval_size", 4, "--max_completion_length", 8, "--out", out]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", full)
+            capsys.readouterr()
+            assert scored(*arguments) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("error: ") and "No space left on device" in error
+            assert error.count("\n") == 1
+        assert not (out / "summary.json").exists() and not list(out.glob("*.new"))
+        assert scored(*arguments) == 0
+        assert json.loads((out / "summary.json").read_text())["config"]["eval_size"] == 4
+        (out / "summary.json").unlink()
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_scoring(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluation, "load_model", lambda *a, **o: pytest.fail("the model was loaded first"))
+    (tmp_path / "file").write_text("x")
+    for out in ("/proc/self", tmp_path / "file", tmp_path / "file" / "e", tmp_path / ("x" * 300)):
+        assert scored("--model", "tiny", "--eval_size", 4, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(out) in error and error.count("\n") == 1
 
 
 def test_evaluation_does_not_hang_on_batches_and_answers_only_generated_text():
