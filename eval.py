@@ -8,8 +8,8 @@ format rate, and pass@1 over --samples sampled answers. It writes eval.jsonl (a 
     python eval.py --task medmcqa --models base=M sft=M+ADAPTER grpo=M+ADAPTER --mode both --out runs/compare
 
 scores several heads on the same rows, the base loaded once, with paired tests between them; --mode adds the log-likelihood of
-the possible answers (PubMedQA's three classes, MedMCQA's letters) by the rule of lm-evaluation-harness. It writes results.jsonl
-(a line a question), summary.json, and report.html, a page to look through.
+the possible answers (PubMedQA's three classes, MedMCQA's letters), as lm-evaluation-harness scores them. It
+writes results.jsonl (a line a question), summary.json, and report.html, a page to look through.
 
     python eval.py chat --models base=M grpo=M+ADAPTER
 
@@ -625,16 +625,18 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
 
 
 def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="likelihood"):
-    """Scores the possible answers of each row by their log-likelihood after a standard prompt, nothing generated.
+    """Scores the possible answers of each row by log-likelihood after a standard prompt, nothing generated.
 
-    The prompt and the answers are those of lm-evaluation-harness's task of the same name, see harness_prompt of the
-    row's dataset; no chat template. As there, an answer is the tokens that context + answer has after those of the
-    context, and what is longer than the model's max_position_embeddings loses its beginning. rows as in evaluate.
-    Returns a record an example: id, ground_truth, subject, loglikelihoods (nats, in the order of the answers), answer
-    (the likeliest; of equals the first), accuracy.
+    Prompt and answers are those of lm-evaluation-harness's task of the same name, see the dataset's
+    harness_prompt (github.com/EleutherAI/lm-evaluation-harness); no chat template. As there, an answer is the
+    tokens that context + answer has after those of the context, and what is longer than the model's
+    max_position_embeddings loses its beginning. rows as in evaluate. Returns a record an example: id,
+    ground_truth, subject, loglikelihoods (nats, in the order of the answers), answer (the likeliest; of equals
+    the first), accuracy.
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    tasks, choices = [], []  # (ids that go in, row, number of the answer, the answer's tokens); the answers of each row
+    choices = []  # the answers of each row
+    tasks = []  # (ids that go in, row, number of the answer, the answer's tokens)
     for i, (row, _) in enumerate(rows):
         context, answers = TASKS[row["data_source"]].harness_prompt(row)
         choices.append(answers)
@@ -646,7 +648,8 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
     logps = {}
     for first in tqdm(range(0, len(inputs), batch_size), desc=title, unit="batch", leave=False, disable=None):
         batch = {ids: place for place, ids in enumerate(inputs[first:first + batch_size])}
-        wanted = [(batch[tuple(ids)], i, k, ids, answer) for ids, i, k, answer in tasks if tuple(ids) in batch]
+        wanted = [(batch[tuple(ids)], i, k, ids, answer)
+                  for ids, i, k, answer in tasks if tuple(ids) in batch]
         width = max(map(len, batch))  # padded on the right: causal attention needs no mask
         with torch.inference_mode(), autocast(compute):
             hidden = model.get_decoder()(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device),
@@ -1397,7 +1400,7 @@ class Config:
     task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "pubmedqa"  # which dataset module reads the data
     model: str = "tiny"  # tiny, a model folder, an adapter folder, or a hub id
     models: tuple[str, ...] = ()  # instead: heads to compare, each NAME=MODEL or NAME=MODEL+ADAPTER
-    mode: Literal["generated", "loglikelihood", "both"] = "generated"  # write an answer, or pick the likeliest of the given ones
+    mode: Literal["generated", "loglikelihood", "both"] = "generated"  # answers: written, or the likeliest
     data: str = "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or folder
     out: str = ""  # folder for eval.jsonl and summary.json (default: runs/eval-<time>)
     split: Literal["heldout", "train", "all"] = "heldout"  # which side of the split to score
@@ -1539,8 +1542,8 @@ def main(config):
     check_at_least(0, config, "eval_size", "limit", "samples")
     heads = parse_heads(config.models or (f"model={config.model}",))
     if config.mode != "generated" and config.task not in ("pubmedqa", "medmcqa"):
-        raise InputError(f"--mode {config.mode} compares given answers, which the free-text --task {config.task} does not "
-                         "have: --mode generated")
+        raise InputError(f"--mode {config.mode} compares given answers, and --task {config.task} has none: "
+                         "--mode generated")
     folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if (folder / "summary.json").exists():
         raise InputError(f"--out {folder} holds another result (summary.json): take another folder")
@@ -1555,8 +1558,8 @@ def main(config):
         for row in rows:  # before anything is loaded: rows that an older data.prepare wrote lack a field
             TASKS[config.task].harness_prompt(row)
         if config.task == "pubmedqa" and not config.maybe:
-            print("loglikelihood: yes, no and maybe compete, as in lm-evaluation-harness; without --maybe no right answer "
-                  "is maybe, so it counts as wrong")
+            print("loglikelihood: yes, no and maybe compete, as in lm-evaluation-harness; without --maybe no "
+                  "right answer is maybe, so it counts as wrong")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -173,7 +173,7 @@ def make_row(source_id, question, options, letter, explanation="", target_text=N
 
 
 def harness_prompt(row):
-    """(context, answers) that lm-evaluation-harness's task medmcqa compares: log P(" " + answer | context) for each answer."""
+    """(context, answers) of lm-evaluation-harness's medmcqa, which compares log P(" " + answer | context)."""
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row["extra"]["options"]))
     return f"Question: {row['extra']['question']}\nChoices:\n{listed}\nAnswer:", tuple(LETTERS)
 

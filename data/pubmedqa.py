@@ -72,7 +72,8 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
 
 def _row(record, where, index, maybe, question_field, context_field, answer_field, system_prompt):
     if "final_decision" in record and "QUESTION" in record:  # the official file
-        question, parts = text_field(record, "QUESTION", where), _texts(record.get("CONTEXTS"), where, "CONTEXTS")
+        question = text_field(record, "QUESTION", where)
+        parts = _texts(record.get("CONTEXTS"), where, "CONTEXTS")
         label, long_answer = text_field(record, "final_decision", where), record.get("LONG_ANSWER") or ""
         source_id, year = where.rpartition("key ")[2], record.get("YEAR")
     elif "final_decision" in record and isinstance(record.get("context"), dict):  # the hub
@@ -97,8 +98,9 @@ def _texts(contexts, where, field):
 
 
 def make_row(source_id, question, context, label, reasoning="", maybe=False, system_prompt="", extra=None):
-    """One row of the collection; `reasoning` is put in the SFT target, which stays "" without it. `extra` may hold the
-    abstract once more as `context`, each of its parts on a line of its own.
+    """One row of the collection; `reasoning` is put in the SFT target, which stays "" without it.
+
+    `extra` may hold another form of the abstract as `context`, each of its parts on a line of its own.
     """
     system = system_prompt or SYSTEM_PROMPT.replace("{classes}", "yes, no or maybe" if maybe else "yes or no")
     return {"id": f"pubmedqa:{source_id}", "data_source": "pubmedqa",
@@ -109,14 +111,14 @@ def make_row(source_id, question, context, label, reasoning="", maybe=False, sys
 
 
 def harness_prompt(row):
-    """(context, answers) that lm-evaluation-harness's task pubmedqa compares: log P(" " + answer | context) for each answer.
+    """(context, answers) of lm-evaluation-harness's pubmedqa, which compares log P(" " + answer | context).
 
-    The parts of the abstract stand on lines of their own; the third class is always among the answers. Raises InputError
-    for a prepared row without its abstract.
+    The parts of the abstract stand on lines of their own; the third class is always among the answers. Raises
+    InputError for a prepared row without its abstract.
     """
     if not isinstance(row["extra"].get("context"), str):
-        raise InputError(f"row {row['id']}, field `extra`: a text `context` is needed (the abstract); remake the file with "
-                         "python -m data.prepare")
+        raise InputError(f"row {row['id']}, field `extra`: a text `context` is needed (the abstract); "
+                         "remake the file with python -m data.prepare")
     return f"Abstract: {row['extra']['context']}\nQuestion: {row['extra']['question']}\nAnswer:", CLASSES
 
 

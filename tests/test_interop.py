@@ -110,7 +110,8 @@ def test_prepared_rows_are_trls_conversational_dataset(prepared, tmp_path):
 
 
 ASKED = {  # by the harness's own tasks medmcqa and pubmedqa
-    "medmcqa": "Question: {question}\nChoices:\nA. {options[0]}\nB. {options[1]}\nC. {options[2]}\nD. {options[3]}\nAnswer:",
+    "medmcqa": "Question: {question}\nChoices:\n"
+               "A. {options[0]}\nB. {options[1]}\nC. {options[2]}\nD. {options[3]}\nAnswer:",
     "pubmedqa": "Abstract: {context}\nQuestion: {question}\nAnswer:"}
 
 
@@ -123,7 +124,8 @@ def test_task_files_ask_of_prepared_rows_what_the_harness_and_eval_ask(file, tmp
     data_files = {"test": f"data/processed/{task}/heldout.jsonl"}
     assert config["task"] == file.stem and config["dataset_kwargs"]["data_files"] == data_files
     assert row[config["doc_to_target"]] in config["doc_to_choice"]
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # the harness's own rules
+    # the harness's own rules for templates
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(config["doc_to_text"]).render(**row)
     assert text == ASKED[task].format(**row["extra"])
     assert prepare.TASKS[task].harness_prompt(row) == (text, tuple(config["doc_to_choice"]))

@@ -310,26 +310,26 @@ def test_heads_on_one_base_are_the_models_by_themselves(sft_run, grpo_run, tmp_p
 
 
 ABSTRACTS = {str(i): {  # the official form; abstracts of one to three parts, in all classes
-    "QUESTION": f"Does drug {i} help after day {i * 7}?", "final_decision": pubmedqa.CLASSES[i % 3], "LONG_ANSWER": "",
-    "CONTEXTS": [f"Part {k} of trial {i}:  {i * k + 3} of {90 - i} patients, p = 0.0{k + 1}." for k in range(i % 3 + 1)]}
+    "QUESTION": f"Does drug {i} help after day {i * 7}?", "final_decision": pubmedqa.CLASSES[i % 3],
+    "CONTEXTS": [f"Part {k} of trial {i}:  {i * k + 3} of {90 - i} patients." for k in range(i % 3 + 1)]}
     for i in range(9)}
 
 
 def asked(task, folder, n):
-    """([(row, [])] of a task, [(context, answers)] that the harness makes of the same questions, written out here)."""
+    """([(row, [])] of a task, [(context, answers)] that the harness makes of the same questions)."""
     if task == "medmcqa":
         rows = medmcqa.builtin_rows()[1][:n]
         items = [(row["extra"]["question"], *row["extra"]["options"]) for row in rows]
-        asks = [("Question: {}\nChoices:\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:".format(*item), "A B C D") for item in items]
+        form, answers = "Question: {}\nChoices:\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:", ["A", "B", "C", "D"]
     else:
         (folder / "official.json").write_text(json.dumps(dict(list(ABSTRACTS.items())[:n])))
         train, heldout, _ = pubmedqa.load_rows(str(folder / "official.json"), maybe=True)
         rows = train + heldout
         items = [ABSTRACTS[row["id"].removeprefix("pubmedqa:")] for row in rows]
-        asks = [("Abstract: {}\nQuestion: {}\nAnswer:".format("\n".join(item["CONTEXTS"]), item["QUESTION"]), "yes no maybe")
-                for item in items]
+        items = [("\n".join(item["CONTEXTS"]), item["QUESTION"]) for item in items]
+        form, answers = "Abstract: {}\nQuestion: {}\nAnswer:", ["yes", "no", "maybe"]
     assert len(rows) == n
-    return [(row, []) for row in rows], [(context, answers.split()) for context, answers in asks]
+    return [(row, []) for row in rows], [(form.format(*item), answers) for item in items]
 
 
 @pytest.mark.parametrize("task", ["medmcqa", "pubmedqa"])
@@ -346,8 +346,8 @@ def test_option_likelihoods_follow_the_harness_rule(task, family, family_folder,
                 whole = tokenizer(context + " " + answer).input_ids
                 tokens = whole[len(tokenizer(context).input_ids):]
                 ids = torch.tensor([whole[-longest - 1:]])
-                logps = model(ids[:, :-1]).logits.log_softmax(-1)[0, -len(tokens):].gather(1, torch.tensor(tokens)[:, None])
-                expected.append(logps.sum().item())
+                logps = model(ids[:, :-1]).logits.log_softmax(-1)[0, -len(tokens):]
+                expected.append(logps.gather(1, torch.tensor(tokens)[:, None]).sum().item())
             assert record["loglikelihoods"] == pytest.approx(expected, abs=1e-4)
             assert record["answer"] == answers[expected.index(max(expected))]
             assert record["accuracy"] == float(record["answer"] == row["ground_truth"])
@@ -382,16 +382,18 @@ def test_option_likelihoods_are_lm_evals(task, sft_run, tmp_path):
 
 def test_pubmedqa_likelihoods_compare_three_classes_with_maybe_and_without(tmp_path, capsys):
     (tmp_path / "official.json").write_text(json.dumps(ABSTRACTS))
-    flags = ["--task", "pubmedqa", "--data", tmp_path / "official.json", "--split", "all", "--mode", "loglikelihood"]
+    data = ["--task", "pubmedqa", "--data", tmp_path / "official.json", "--split", "all"]
+    flags = [*data, "--mode", "loglikelihood"]
     assert heads(*flags, "--maybe", "--out", tmp_path / "three") == 0
     assert "counts as wrong" not in capsys.readouterr().out
     assert heads(*flags, "--models", "a=tiny", "b=tiny", "--out", tmp_path / "two") == 0
     assert "without --maybe no right answer is maybe, so it counts as wrong" in capsys.readouterr().out
     three = [json.loads(line) for line in (tmp_path / "three" / "eval.jsonl").read_text().splitlines()]
-    two = [json.loads(line)["loglikelihood"]["a"] for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "two" / "results.jsonl").read_text().splitlines()
+    two = [json.loads(line)["loglikelihood"]["a"] for line in lines]
     assert [len(record["loglikelihoods"]) for record in three + two] == [3] * 15
     three = [record for record in three if record["ground_truth"] != "maybe"]
-    assert [(record["id"], record["answer"]) for record in two] == [(record["id"], record["answer"]) for record in three]
+    assert [(one["id"], one["answer"]) for one in two] == [(other["id"], other["answer"]) for other in three]
     for one, other in zip(two, three):  # in batches of other widths
         assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], abs=1e-4)
     assert (tmp_path / "two" / "report.html").read_text().startswith("<!")
@@ -403,15 +405,15 @@ def test_a_maybe_counts_as_wrong_where_no_row_is_maybe():
     summary = evaluation.summarize(records)
     assert summary["accuracy"] == 0.25 and summary["majority_accuracy"] == 0.75
     assert summary["answers"] == {"maybe": 2, "yes": 1, "no": 1}
-    assert summary["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 2)  # of yes and no, the classes that are asked for
+    assert summary["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 2)  # of the rows' two classes
 
 
 def test_prepared_pubmedqa_rows_without_their_abstract_end_before_anything_is_loaded(tmp_path, capsys):
     rows = pubmedqa.builtin_rows(3)
     del rows[1]["extra"]["context"]
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--task", "pubmedqa", "--data", tmp_path / "old.jsonl", "--split", "all", "--out", tmp_path / "e"]
-    assert heads(*flags, "--mode", "both") == 2
+    data = ["--task", "pubmedqa", "--data", tmp_path / "old.jsonl", "--split", "all"]
+    assert heads(*data, "--mode", "both", "--out", tmp_path / "e") == 2
     out, error = capsys.readouterr()
     assert error.count("\n") == 1 and "model: " not in out and not (tmp_path / "e").exists()
     assert all(word in error for word in (rows[1]["id"], "`extra`", "`context`", "data.prepare"))
