@@ -8,7 +8,8 @@ format rate, and pass@k and maj@N of --samples N sampled answers. It writes eval
     python eval.py --task medmcqa --models base=M sft=M+ADAPTER grpo=M+ADAPTER --mode both --out runs/compare
 
 scores several heads on the same rows, the base loaded once, with paired tests between them; --mode adds the log-likelihood of
-the option letters. It writes results.jsonl (a line a question), summary.json, and report.html, a page to look through.
+the possible answers (PubMedQA's three classes, MedMCQA's letters), as lm-evaluation-harness scores them. It
+writes results.jsonl (a line a question), summary.json, and report.html, a page to look through.
 
     python eval.py chat --models base=M grpo=M+ADAPTER
 
@@ -770,41 +771,47 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
 
 
 def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="likelihood"):
-    """Scores the option letters of four-option rows by their log-likelihood after the standard prompt, nothing generated.
+    """Scores the possible answers of each row by log-likelihood after a standard prompt, nothing generated.
 
-    The prompt and the rule are those of lm-evaluation-harness's task medmcqa (github.com/EleutherAI/lm-evaluation-harness):
-    "Question: ...\nChoices:\nA. ...\nB. ...\nC. ...\nD. ...\nAnswer:", continued by " A", " B", " C", " D"; no chat
-    template. rows as in evaluate. Returns a record an example: id, ground_truth, subject, loglikelihoods (nats), answer (the
-    likeliest letter), accuracy.
+    Prompt and answers are those of lm-evaluation-harness's task of the same name, see the dataset's
+    harness_prompt (github.com/EleutherAI/lm-evaluation-harness); no chat template. As there, an answer is the
+    tokens that context + answer has after those of the context, and what is longer than the model's
+    max_position_embeddings loses its beginning. rows as in evaluate. Returns a record an example: id,
+    ground_truth, subject, loglikelihoods (nats, in the order of the answers), answer (the likeliest; of equals
+    the first), accuracy.
     """
-    tasks = []  # (ids that go in, row, letter, tokens of the letter)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    choices = []  # the answers of each row
+    tasks = []  # (ids that go in, row, number of the answer, the answer's tokens)
     for i, (row, _) in enumerate(rows):
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", row["extra"]["options"]))
-        context = f"Question: {row['extra']['question']}\nChoices:\n{listed}\nAnswer:"
+        context, answers = TASKS[row["data_source"]].harness_prompt(row)
+        choices.append(answers)
         start = len(tokenizer(context).input_ids)  # with what the tokenizer puts in front of a text, as the harness does
-        for k, letter in enumerate("ABCD"):
-            ids = tokenizer(f"{context} {letter}").input_ids
-            tasks.append((ids[:-1], i, k, ids[start:]))
-    inputs = sorted({tuple(ids) for ids, *_ in tasks}, key=len)  # letters of one token share their input
+        for k, answer in enumerate(answers):
+            ids = tokenizer(f"{context} {answer}").input_ids
+            tasks.append((ids[-longest - 1:-1], i, k, ids[start:]))
+    inputs = sorted({tuple(ids) for ids, *_ in tasks}, key=len)  # answers of one token share their input
     logps = {}
     for first in tqdm(range(0, len(inputs), batch_size), desc=title, unit="batch", leave=False, disable=None):
         batch = {ids: place for place, ids in enumerate(inputs[first:first + batch_size])}
-        wanted = [(batch[tuple(ids)], i, k, ids, letter) for ids, i, k, letter in tasks if tuple(ids) in batch]
+        wanted = [(batch[tuple(ids)], i, k, ids, answer)
+                  for ids, i, k, answer in tasks if tuple(ids) in batch]
         width = max(map(len, batch))  # padded on the right: causal attention needs no mask
         with torch.inference_mode(), autocast(compute):
             hidden = model.get_decoder()(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device),
                                          use_cache=False)[0]
-            places = [(place, len(ids) - len(letter) + j, token) for place, _, _, ids, letter in wanted for j, token in enumerate(letter)]
+            places = [(place, len(ids) - len(answer) + j, token) for place, _, _, ids, answer in wanted
+                      for j, token in enumerate(answer)]
             at, position, token = torch.tensor(places, device=model.device).T
             scores = chosen_logps(model, hidden[at, position], token, 1.0)[0]
         if not scores.isfinite().all():
             raise InputError(f"{title}: {NOT_NUMBERS}")
         scores = iter(scores.tolist())
-        logps |= {(i, k): sum(next(scores) for _ in letter) for _, i, k, _, letter in wanted}
+        logps |= {(i, k): sum(next(scores) for _ in answer) for _, i, k, _, answer in wanted}
     records = []
     for i, (row, _) in enumerate(rows):
-        likelihoods = [logps[i, k] for k in range(4)]
-        answer = "ABCD"[likelihoods.index(max(likelihoods))]
+        likelihoods = [logps[i, k] for k in range(len(choices[i]))]
+        answer = choices[i][likelihoods.index(max(likelihoods))]
         records.append({"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
                         "loglikelihoods": likelihoods, "answer": answer, "accuracy": float(answer == row["ground_truth"])})
     return records
@@ -1657,7 +1664,7 @@ class Config:
     task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "pubmedqa"  # which dataset module reads the data
     model: str = "tiny"  # tiny, a model folder, an adapter folder, or a hub id
     models: tuple[str, ...] = ()  # instead: heads to compare, each NAME=MODEL or NAME=MODEL+ADAPTER
-    mode: Literal["generated", "loglikelihood", "both"] = "generated"  # how heads answer four-option questions
+    mode: Literal["generated", "loglikelihood", "both"] = "generated"  # answers: written, or the likeliest
     data: str = "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or folder
     out: str = ""  # folder for eval.jsonl and summary.json (default: runs/eval-<time>)
     split: Literal["heldout", "train", "all"] = "heldout"  # which side of the split to score
@@ -1800,8 +1807,9 @@ def main(config):
     """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises InputError."""
     check_knobs(config, "temperature", "eval_size")
     heads = parse_heads(config.models or (f"model={config.model}",))
-    if config.mode != "generated" and config.task != "medmcqa":
-        raise InputError(f"--mode {config.mode} scores option letters, which --task {config.task} does not have")
+    if config.mode != "generated" and config.task not in ("pubmedqa", "medmcqa"):
+        raise InputError(f"--mode {config.mode} compares given answers, and --task {config.task} has none: "
+                         "--mode generated")
     folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if (folder / "summary.json").exists():
         raise InputError(f"--out {folder} holds another result (summary.json): take another folder")
@@ -1812,6 +1820,12 @@ def main(config):
                          "needed (--split all takes every row)")
     print(f"data: {config.data}, {len(rows)} rows ({config.split}){described(counts)}")
     rows = rows[:config.eval_size or None]
+    if config.mode != "generated":
+        for row in rows:  # before anything is loaded: rows that an older data.prepare wrote lack a field
+            TASKS[config.task].harness_prompt(row)
+        if config.task == "pubmedqa" and not config.maybe:
+            print("loglikelihood: yes, no and maybe compete, as in lm-evaluation-harness; without --maybe no "
+                  "right answer is maybe, so it counts as wrong")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # is it writable? Better known now than after the scoring

@@ -172,6 +172,12 @@ def make_row(source_id, question, options, letter, explanation="", target_text=N
             "extra": {"question": question, "options": options, "explanation": explanation, **(extra or {})}}
 
 
+def harness_prompt(row):
+    """(context, answers) of lm-evaluation-harness's medmcqa, which compares log P(" " + answer | context)."""
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, row["extra"]["options"]))
+    return f"Question: {row['extra']['question']}\nChoices:\n{listed}\nAnswer:", tuple(LETTERS)
+
+
 def target(reasoning, answer):
     """A completion in the task's tags; answer: a letter, or the text of an option."""
     return f"<start_working_out>\n{reasoning}\n<end_working_out>\n<SOLUTION>{answer}</SOLUTION>"

@@ -91,37 +91,54 @@ def official_test_ids():
 
 def _row(record, where, index, maybe, question_field, context_field, answer_field, system_prompt):
     if "final_decision" in record and "QUESTION" in record:  # the official file
-        question, context = text_field(record, "QUESTION", where), _joined(record.get("CONTEXTS"), where, "CONTEXTS")
+        question = text_field(record, "QUESTION", where)
+        parts = _texts(record.get("CONTEXTS"), where, "CONTEXTS")
         label, long_answer = text_field(record, "final_decision", where), record.get("LONG_ANSWER") or ""
         source_id, year = where.rpartition("key ")[2], record.get("YEAR")
     elif "final_decision" in record and isinstance(record.get("context"), dict):  # the hub
         question = text_field(record, "question", where)
-        context = _joined(record["context"].get("contexts"), where, "context.contexts")
+        parts = _texts(record["context"].get("contexts"), where, "context.contexts")
         label, long_answer = text_field(record, "final_decision", where), record.get("long_answer") or ""
         source_id, year = str(record.get("pubid", index)), None
     else:
         question = text_field(record, question_field or "question", where)
-        context = text_field(record, context_field or "context", where)
+        parts = [text_field(record, context_field or "context", where)]
         label, long_answer = text_field(record, answer_field or "ground_truth", where), ""
         source_id, year = str(record.get("id", index)), None
-    extra = {"year": year} if year else {}
+    extra = {"context": "\n".join(parts), **({"year": year} if year else {})}
+    context = " ".join(part.strip() for part in parts)
     return make_row(source_id, question, context, label.lower(), long_answer, maybe, system_prompt, extra)
 
 
-def _joined(contexts, where, field):
+def _texts(contexts, where, field):
     if not (isinstance(contexts, (list, tuple)) and contexts and all(isinstance(part, str) for part in contexts)):
         raise InputError(f"{where}, field `{field}`: a list of texts is needed")
-    return " ".join(part.strip() for part in contexts)
+    return contexts
 
 
 def make_row(source_id, question, context, label, reasoning="", maybe=False, system_prompt="", extra=None):
-    """One row of the collection; `reasoning` is put in the SFT target, which stays "" without it."""
+    """One row of the collection; `reasoning` is put in the SFT target, which stays "" without it.
+
+    `extra` may hold another form of the abstract as `context`, each of its parts on a line of its own.
+    """
     system = system_prompt or SYSTEM_PROMPT.replace("{classes}", "yes, no or maybe" if maybe else "yes or no")
     return {"id": f"pubmedqa:{source_id}", "data_source": "pubmedqa",
             "prompt": [{"role": "system", "content": system},
                        {"role": "user", "content": f"Abstract: {context}\n\nQuestion: {question}"}],
             "ground_truth": label, "target": target(reasoning, label) if reasoning else "",
-            "extra": {"question": question, **(extra or {})}}
+            "extra": {"question": question, "context": context, **(extra or {})}}
+
+
+def harness_prompt(row):
+    """(context, answers) of lm-evaluation-harness's pubmedqa, which compares log P(" " + answer | context).
+
+    The parts of the abstract stand on lines of their own; the third class is always among the answers. Raises
+    InputError for a prepared row without its abstract.
+    """
+    if not isinstance(row["extra"].get("context"), str):
+        raise InputError(f"row {row['id']}, field `extra`: a text `context` is needed (the abstract); "
+                         "remake the file with python -m data.prepare")
+    return f"Abstract: {row['extra']['context']}\nQuestion: {row['extra']['question']}\nAnswer:", CLASSES
 
 
 def target(reasoning, label):

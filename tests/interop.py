@@ -5,13 +5,15 @@
     python3 -m venv trlenv && trlenv/bin/pip install -r requirements.txt trl==1.16.0
     trlenv/bin/python tests/interop.py trl        the loss in 504 settings; two steps of TRL's own command, in one process and in two
     python3 -m venv lmenv && lmenv/bin/pip install -r requirements.txt "lm_eval[hf]==0.4.13"
-    lmenv/bin/python tests/interop.py lm_eval     our task files, and eval.py --mode loglikelihood beside them
+    lmenv/bin/python tests/interop.py lm_eval     eval.py --mode loglikelihood beside our task files, and
+                                                  its own pubmedqa on the real rows of GRPO_TEST_DATA
 
 Each prints versions, rows compared and the largest difference, and ends with exit code 1 if that is more than rounding.
 """
 import argparse
 import importlib.metadata
 import itertools
+import importlib.util
 import json
 import os
 import re
@@ -273,43 +275,76 @@ def trl(arguments, folder):
 # === lm-evaluation-harness ============================================================================================
 
 
+def harness_samples(arguments, config, folder):
+    """({id: log-likelihoods of the row's answers}, accuracy) of the first --rows rows of a harness's task.
+
+    config: the fields of its task file.
+    """
+    task, out = config["task"], folder / f"{config['task']}-out"
+    (folder / "tasks").mkdir(exist_ok=True)
+    (folder / "tasks" / f"{task}.yaml").write_text(json.dumps(config))  # JSON is YAML
+    run(sys.executable, "-m", "lm_eval", "--include_path", folder / "tasks", "--tasks", task, "--model", "hf",
+        "--model_args", f"pretrained={arguments.model.resolve()},dtype=float32", "--device", "cpu",
+        "--limit", arguments.rows, "--log_samples", "--output_path", out, HF_HOME=str(folder / "hf"),
+        OMP_NUM_THREADS="1")
+    [file], [samples] = out.rglob("results*.json"), out.rglob("samples*.jsonl")
+    records = [json.loads(line) for line in samples.read_text().splitlines()]
+    values = {record["doc"]["id"]: [float(answer[0]) for answer in record["filtered_resps"]]
+              for record in records}
+    assert len(records) == len(values) == arguments.rows
+    return values, json.loads(file.read_text())["results"][task]["acc,none"]
+
+
+def compare_likelihoods(arguments, config, folder, *flags):
+    """eval.py --mode loglikelihood beside harness_samples: log-likelihoods, picks and accuracy."""
+    theirs, accuracy = harness_samples(arguments, config, folder)
+    task, out = config["task"], folder / f"{config['task']}-ours"
+    run(sys.executable, "eval.py", "--model", arguments.model.resolve(), "--mode", "loglikelihood",
+        "--out", out, "--dtype", "fp32", "--eval_batch_size", 8, *flags, OMP_NUM_THREADS="1")
+    ours = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    own = json.loads((out / "summary.json").read_text())["accuracy"]
+    pairs = [(record["loglikelihoods"], theirs[record["id"]]) for record in ours]
+    same = sum(one.index(max(one)) == other.index(max(other)) for one, other in pairs)
+    print(f"{task}: {same} of {len(ours)} picks as in eval.py; accuracy {accuracy:.3f}, ours {own:.3f}")
+    check(f"{task}, log-likelihoods of the {len(pairs[0][0])} answers", len(ours),
+          max(largest(one, other) for one, other in pairs), 1e-4)
+    assert same == len(ours) == len(theirs) and abs(own - accuracy) < 1e-9
+
+
 def lm_eval(arguments, folder):
     import yaml
-    rows = 60
     for task in ("medmcqa", "pubmedqa"):
-        _, heldout = prepare(task, folder / task)
+        prepare(task, folder / task)
         config = yaml.safe_load((ROOT / "data" / "lm_eval" / f"{task}_prepared.yaml").read_text())
         config["dataset_kwargs"]["data_files"] = {"test": str(folder / task / "heldout.jsonl")}  # the rest as it is
-        (folder / "tasks").mkdir(exist_ok=True)
-        (folder / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(config))
-        run(sys.executable, "-m", "lm_eval", "--include_path", folder / "tasks", "--tasks", f"{task}_prepared", "--model", "hf",
-            "--model_args", f"pretrained={ROOT / 'data' / 'tiny'},dtype=float32", "--device", "cpu", "--limit", rows, "--log_samples",
-            "--output_path", folder / f"{task}-out", HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
-        [file] = (folder / f"{task}-out").rglob("results*.json")
-        [samples] = (folder / f"{task}-out").rglob("samples*.jsonl")
-        accuracy = json.loads(file.read_text())["results"][f"{task}_prepared"]["acc,none"]
-        records = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda record: record["doc_id"])
-        assert len(records) == rows and [record["doc"]["id"] for record in records] == [row["id"] for row in heldout[:rows]]
-        theirs = [[float(answer[0]) for answer in record["filtered_resps"]] for record in records]
-        picks = [config["doc_to_choice"][values.index(max(values))] for values in theirs]
-        right = sum(pick == row["ground_truth"] for pick, row in zip(picks, heldout)) / rows
-        check(f"{task}, lm_eval: its accuracy {accuracy:.3f} and that of its picks on our rows", rows, abs(accuracy - right), 1e-9)
-        if task == "medmcqa":
-            run(sys.executable, "eval.py", "--task", task, "--model", "tiny", "--data", folder / task, "--mode", "loglikelihood",
-                "--eval_size", rows, "--out", folder / "ours", OMP_NUM_THREADS="1")
-            ours = [json.loads(line) for line in (folder / "ours" / "eval.jsonl").read_text().splitlines()]
-            same = sum(record["answer"] == pick for record, pick in zip(ours, picks, strict=True))
-            own = json.loads((folder / "ours" / "summary.json").read_text())["accuracy"]
-            print(f"{task}: {same} of {rows} picks are those of eval.py --mode loglikelihood, whose accuracy is {own:.3f}")
-            check(f"{task}, log-likelihoods of the four letters", rows,
-                  max(largest(record["loglikelihoods"], values) for record, values in zip(ours, theirs)), 1e-4)
-            assert same == rows
+        compare_likelihoods(arguments, config, folder, "--task", task, "--data", folder / task,
+                            "--eval_size", arguments.rows)
+
+    real = Path(os.environ.get("GRPO_TEST_DATA", "")) / "pubmedqa_ori_pqal_500.json"
+    if not real.exists():
+        print(f"the harness's own pubmedqa is left out: GRPO_TEST_DATA names no folder with {real.name}")
+        return
+    items = dict(list(json.loads(real.read_text(encoding="utf-8")).items())[:arguments.rows])
+    (folder / "official.json").write_text(json.dumps(items))
+    fields = ("QUESTION", "CONTEXTS", "final_decision")  # the hub's bigbio/pubmed_qa calls them so too
+    documents = [{"id": f"pubmedqa:{pmid}", **{field: item[field] for field in fields}}
+                 for pmid, item in items.items()]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    own_task = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks/pubmedqa/pubmedqa.yaml"
+    data_files = {"test": str(folder / "documents.jsonl")}
+    config = {"include": str(own_task), "task": "pubmedqa_real",  # its prompt and rule on these rows
+              "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": data_files},
+              "training_split": None, "validation_split": None, "test_split": "test"}
+    compare_likelihoods(arguments, config, folder, "--task", "pubmedqa", "--data", folder / "official.json",
+                        "--split", "all", "--maybe", "--max_prompt_length", 4096)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=NEEDS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose commands to check (verl)")
+    parser.add_argument("--model", type=Path, default=ROOT / "data/tiny", help="a model's folder (lm_eval)")
+    parser.add_argument("--rows", type=int, default=60, help="of each task (lm_eval)")
     arguments = parser.parse_args()
     packages, shown = NEEDS[arguments.what]
     try:

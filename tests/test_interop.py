@@ -109,29 +109,26 @@ def test_prepared_rows_are_trls_conversational_dataset(prepared, tmp_path):
     assert rewards.trl_reward(completions=texts, **{name: both[name] for name in both.column_names if name != "prompt"}) == ours
 
 
-def rendered(task, row):
-    """(config of a task file, its includes in it; the text that a row gives), by the harness's own rules for templates."""
-    config = yaml.safe_load((ROOT / "data" / "lm_eval" / f"{task}.yaml").read_text())
-    if "include" in config:
-        config = {**yaml.safe_load((ROOT / "data" / "lm_eval" / config["include"]).read_text()), **config}
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return config, environment.from_string(config["doc_to_text"]).render(**row)
+ASKED = {  # by the harness's own tasks medmcqa and pubmedqa
+    "medmcqa": "Question: {question}\nChoices:\n"
+               "A. {options[0]}\nB. {options[1]}\nC. {options[2]}\nD. {options[3]}\nAnswer:",
+    "pubmedqa": "Abstract: {context}\nQuestion: {question}\nAnswer:"}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "data" / "lm_eval").glob("*.yaml")), ids=lambda file: file.stem)
-def test_task_files_of_the_harness_fit_prepared_rows(file, tmp_path):
-    task = file.stem.partition("_")[0]
+def test_task_files_ask_of_prepared_rows_what_the_harness_and_eval_ask(file, tmp_path):
+    task = file.stem.removesuffix("_prepared")
     prepare.main(prepare.Config(task=task, data="builtin", out=str(tmp_path), limit=40))
     row = json.loads((tmp_path / "heldout.jsonl").read_text().splitlines()[0])
-    config, text = rendered(file.stem, row)
-    assert config["task"] == file.stem and config["dataset_kwargs"]["data_files"] == {"test": f"data/processed/{task}/heldout.jsonl"}
-    assert config["doc_to_target"] in row and row[config["doc_to_target"]] in config["doc_to_choice"]
-    assert text.endswith("\nAnswer:") and row["extra"]["question"] in text
-    if task == "medmcqa":  # what eval.py --mode loglikelihood asks
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", row["extra"]["options"]))
-        assert text == f"Question: {row['extra']['question']}\nChoices:\n{listed}\nAnswer:"
-    if task == "pubmedqa":
-        assert text.startswith("Abstract: ")
+    config = yaml.safe_load(file.read_text())
+    data_files = {"test": f"data/processed/{task}/heldout.jsonl"}
+    assert config["task"] == file.stem and config["dataset_kwargs"]["data_files"] == data_files
+    assert row[config["doc_to_target"]] in config["doc_to_choice"]
+    # the harness's own rules for templates
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    text = environment.from_string(config["doc_to_text"]).render(**row)
+    assert text == ASKED[task].format(**row["extra"])
+    assert prepare.TASKS[task].harness_prompt(row) == (text, tuple(config["doc_to_choice"]))
 
 
 def test_interop_says_what_it_needs(tmp_path):

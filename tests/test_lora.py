@@ -18,7 +18,7 @@ import eval as evaluation
 import grpo_medmcqa as grpo
 import sft
 from conftest import ROOT
-from data import medmcqa, one_line_errors
+from data import medmcqa, one_line_errors, pubmedqa
 from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
 
 TINY = str(ROOT / "data" / "tiny")
@@ -352,49 +352,121 @@ def test_heads_on_one_base_are_the_models_by_themselves(sft_run, grpo_run, tmp_p
     assert completions[0] != completions[1]  # the adapter does something
 
 
-def test_option_likelihoods_follow_the_harness_rule(family, family_folder):
-    """log P(" A" | prompt) ... written here from lm-evaluation-harness's rule, a plain forward a letter."""
+ABSTRACTS = {str(i): {  # the official form; abstracts of one to three parts, in all classes
+    "QUESTION": f"Does drug {i} help after day {i * 7}?", "final_decision": pubmedqa.CLASSES[i % 3],
+    "CONTEXTS": [f"Part {k} of trial {i}:  {i * k + 3} of {90 - i} patients." for k in range(i % 3 + 1)]}
+    for i in range(9)}
+
+
+def asked(task, folder, n):
+    """([(row, [])] of a task, [(context, answers)] that the harness makes of the same questions)."""
+    if task == "medmcqa":
+        rows = medmcqa.builtin_rows()[1][:n]
+        items = [(row["extra"]["question"], *row["extra"]["options"]) for row in rows]
+        form, answers = "Question: {}\nChoices:\nA. {}\nB. {}\nC. {}\nD. {}\nAnswer:", ["A", "B", "C", "D"]
+    else:
+        (folder / "official.json").write_text(json.dumps(dict(list(ABSTRACTS.items())[:n])))
+        train, heldout, _ = pubmedqa.load_rows(str(folder / "official.json"), maybe=True)
+        rows = train + heldout
+        items = [ABSTRACTS[row["id"].removeprefix("pubmedqa:")] for row in rows]
+        items = [("\n".join(item["CONTEXTS"]), item["QUESTION"]) for item in items]
+        form, answers = "Abstract: {}\nQuestion: {}\nAnswer:", ["yes", "no", "maybe"]
+    assert len(rows) == n
+    return [(row, []) for row in rows], [(form.format(*item), answers) for item in items]
+
+
+@pytest.mark.parametrize("task", ["medmcqa", "pubmedqa"])
+def test_option_likelihoods_follow_the_harness_rule(task, family, family_folder, tmp_path):
+    """log P(" A" | prompt) ... written here from lm-evaluation-harness's rule, a plain forward an answer."""
     model, tokenizer, compute = evaluation.load_model(family_folder(family), "fp32")
-    rows = [(row, []) for row in medmcqa.builtin_rows()[1][:7]]
-    records = evaluation.option_likelihoods(model, tokenizer, rows, compute, batch_size=3)
-    for (row, _), record in zip(rows, records):
-        a, b, c, d = row["extra"]["options"]
-        context = f"Question: {row['extra']['question']}\nChoices:\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
-        expected = []
-        for letter in "ABCD":
-            start = len(tokenizer(context).input_ids)
-            ids = torch.tensor([tokenizer(context + " " + letter).input_ids])
-            logps = model(ids).logits.log_softmax(-1)[0, start - 1:-1].gather(1, ids[0, start:, None])
-            expected.append(logps.sum().item())
-        assert record["loglikelihoods"] == pytest.approx(expected, abs=1e-4)
-        assert record["answer"] == "ABCD"[expected.index(max(expected))]
-        assert record["accuracy"] == float(record["answer"] == row["ground_truth"])
+    rows, asks = asked(task, tmp_path, 7)
+    for longest in (4096, 30):  # positions that the model has: what is longer loses its beginning
+        model.config.max_position_embeddings = longest
+        records = evaluation.option_likelihoods(model, tokenizer, rows, compute, batch_size=3)
+        for (row, _), (context, answers), record in zip(rows, asks, records):
+            expected = []
+            for answer in answers:
+                whole = tokenizer(context + " " + answer).input_ids
+                tokens = whole[len(tokenizer(context).input_ids):]
+                ids = torch.tensor([whole[-longest - 1:]])
+                logps = model(ids[:, :-1]).logits.log_softmax(-1)[0, -len(tokens):]
+                expected.append(logps.gather(1, torch.tensor(tokens)[:, None]).sum().item())
+            assert record["loglikelihoods"] == pytest.approx(expected, abs=1e-4)
+            assert record["answer"] == answers[expected.index(max(expected))]
+            assert record["accuracy"] == float(record["answer"] == row["ground_truth"])
+        assert any(len(tokenizer(context).input_ids) > longest for context, _ in asks) == (longest == 30)
 
 
-def test_option_likelihoods_are_lm_evals(sft_run):
+@pytest.mark.parametrize("task", ["medmcqa", "pubmedqa"])
+def test_option_likelihoods_are_lm_evals(task, sft_run, tmp_path):
     """lm-evaluation-harness itself, where it is installed (0.4.13 was), on the base with the adapter merged."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
-    from lm_eval.tasks.medmcqa.utils_medmcqa import doc_to_text
+    from lm_eval.tasks.medmcqa import utils_medmcqa
+    from lm_eval.tasks.pubmedqa import preprocess_pubmedqa
     model, tokenizer, compute = evaluation.load_model(str(sft_run / "model"))
     model = model.merge_and_unload()
-    rows = [(row, []) for row in medmcqa.builtin_rows()[1][:40]]
+    rows, asks = asked(task, tmp_path, 40 if task == "medmcqa" else 9)
     records = evaluation.option_likelihoods(model, tokenizer, rows, compute, batch_size=7)
     harness, requests = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), []
-    for row, _ in rows:
-        doc = {"question": row["extra"]["question"], **{"op" + letter: option for letter, option in zip("abcd", row["extra"]["options"])}}
-        requests += [Instance("loglikelihood", {}, (doc_to_text(doc), " " + letter), i) for i, letter in enumerate("ABCD")]
-    theirs = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
-    for i, record in enumerate(records):
-        assert record["loglikelihoods"] == pytest.approx(theirs[4 * i:4 * i + 4], abs=1e-4)
-        assert record["answer"] == "ABCD"[theirs[4 * i:4 * i + 4].index(max(theirs[4 * i:4 * i + 4]))]
+    for i, ((row, _), (_, answers)) in enumerate(zip(rows, asks)):
+        if task == "medmcqa":
+            options = {"op" + letter: option for letter, option in zip("abcd", row["extra"]["options"])}
+            context = utils_medmcqa.doc_to_text({"question": row["extra"]["question"], **options})
+        else:
+            context = preprocess_pubmedqa.doc_to_text(ABSTRACTS[row["id"].removeprefix("pubmedqa:")])
+        requests += [Instance("loglikelihood", {}, (context, " " + answer), i) for answer in answers]
+    theirs = iter([value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)])
+    for record, (_, answers) in zip(records, asks):
+        values = [next(theirs) for _ in answers]
+        assert record["loglikelihoods"] == pytest.approx(values, abs=1e-4)
+        assert record["answer"] == answers[values.index(max(values))]
+
+
+def test_pubmedqa_likelihoods_compare_three_classes_with_maybe_and_without(tmp_path, capsys):
+    (tmp_path / "official.json").write_text(json.dumps(ABSTRACTS))
+    data = ["--task", "pubmedqa", "--data", tmp_path / "official.json", "--split", "all"]
+    flags = [*data, "--mode", "loglikelihood"]
+    assert heads(*flags, "--maybe", "--out", tmp_path / "three") == 0
+    assert "counts as wrong" not in capsys.readouterr().out
+    assert heads(*flags, "--models", "a=tiny", "b=tiny", "--out", tmp_path / "two") == 0
+    assert "without --maybe no right answer is maybe, so it counts as wrong" in capsys.readouterr().out
+    three = [json.loads(line) for line in (tmp_path / "three" / "eval.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "two" / "results.jsonl").read_text().splitlines()
+    two = [json.loads(line)["loglikelihood"]["a"] for line in lines]
+    assert [len(record["loglikelihoods"]) for record in three + two] == [3] * 15
+    three = [record for record in three if record["ground_truth"] != "maybe"]
+    assert [(one["id"], one["answer"]) for one in two] == [(other["id"], other["answer"]) for other in three]
+    for one, other in zip(two, three):  # in batches of other widths
+        assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], abs=1e-4)
+    assert (tmp_path / "two" / "report.html").read_text().startswith("<!")
+
+
+def test_a_maybe_counts_as_wrong_where_no_row_is_maybe():
+    records = [{"ground_truth": truth, "answer": answer, "accuracy": float(truth == answer)}
+               for truth, answer in (("yes", "yes"), ("yes", "maybe"), ("no", "maybe"), ("yes", "no"))]
+    summary = evaluation.summarize(records)
+    assert summary["accuracy"] == 0.25 and summary["majority_accuracy"] == 0.75
+    assert summary["answers"] == {"maybe": 2, "yes": 1, "no": 1}
+    assert summary["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 2)  # of the rows' two classes
+
+
+def test_prepared_pubmedqa_rows_without_their_abstract_end_before_anything_is_loaded(tmp_path, capsys):
+    rows = pubmedqa.builtin_rows(3)
+    del rows[1]["extra"]["context"]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--task", "pubmedqa", "--data", tmp_path / "old.jsonl", "--split", "all"]
+    assert heads(*data, "--mode", "both", "--out", tmp_path / "e") == 2
+    out, error = capsys.readouterr()
+    assert error.count("\n") == 1 and "model: " not in out and not (tmp_path / "e").exists()
+    assert all(word in error for word in (rows[1]["id"], "`extra`", "`context`", "data.prepare"))
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--models", "tiny"], ["NAME=MODEL"]),
     (["--models", "a=tiny", "a=tiny"], ["same name"]),
     (["--models", "a=tiny+nowhere"], ["nowhere", "no adapter folder"]),
-    (["--mode", "loglikelihood", "--task", "pubmedqa"], ["--mode loglikelihood", "pubmedqa"]),
+    (["--mode", "loglikelihood", "--task", "ecg"], ["--mode loglikelihood", "ecg", "--mode generated"]),
 ])
 def test_bad_heads(arguments, words, capsys, tmp_path):
     assert heads("--task", "medmcqa", "--out", tmp_path / "e", *arguments) == 2
