@@ -160,7 +160,8 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
         model.to(device)
     model.eval()
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # with BOS, without which Gemma writes nonsense
+        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
         print(f"model: {name} has no chat template: prompts are plain text ('User: ...', 'Assistant: ')")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from positions, never from token values
@@ -740,14 +741,15 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
     """Answers every row greedily, and `samples` times at `temperature` for pass@k, and scores the answers strictly.
 
     rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of score dicts.
-    stop_strings: as in generate. Returns a record an example, in the order of `rows`: id, ground_truth, the keys of those dicts, length (tokens), truncated,
-    completion, and with samples sampled_accuracy and sampled_answers (lists).
+    stop_strings: as in generate. Returns a record an example, in the order of `rows`: id, ground_truth, the keys of those
+    dicts, length (tokens), truncated, completion, and with samples sampled_accuracy and sampled_answers (lists).
     """
     stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
     limits = dict(max_new_tokens=max_completion_length, stop_ids=stops, stop_strings=stop_strings, tokenizer=tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # alike lengths together: less padding
     records = [None] * len(rows)
-    for start in tqdm(range(0, len(order), batch_size), desc=title, unit="batch", leave=False, disable=None):
+    bar = tqdm(total=len(order), desc=title, unit="question", leave=False, disable=None)  # says the time left
+    for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         prompts = [rows[i][1] for i in batch]
         with autocast(compute):
@@ -767,6 +769,8 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
                 record = records[batch[j // samples]]
                 record.setdefault("sampled_accuracy", []).append(scored["accuracy"])
                 record.setdefault("sampled_answers", []).append(scored["answer"])
+        bar.update(len(batch))
+    bar.close()
     return records
 
 
@@ -1159,7 +1163,8 @@ GRPO_PANELS = [
     ("KL to the reference", "nats per token", {"KL": "kl"}),
     ("Entropy", "nats per token", {"policy": "entropy"}),
     ("Completion length", "tokens", {"mean": "completion_length"}),
-    ("Shares", "share", {"clipped tokens": "clip_fraction", "truncated": "truncated", "groups without variance": "zero_std_share"})]
+    ("Shares", "share", {"clipped tokens": "clip_fraction", "truncated": "truncated", "groups without variance": "zero_std_share"}),
+    ("Answers", "share of the samples", {})]  # a line a label; left out where answers are free text
 MAY_CHANGE = {"resume", "out", "steps", "save_every", "eval_every", "eval_batch_size", "completions_per_forward", "wandb",
               "wandb_project"}  # on --resume
 BAD_STEPS = 3  # so many in a row whose update had to be skipped end the run
@@ -1491,6 +1496,14 @@ class Run:
         if all(record["zero_std_groups"] == self.config["prompts_per_step"] for record in last):
             warnings["reward"] = (f"in {window} steps no group had two different rewards, so there was nothing to learn: raise --group_size or "
                                   "--temperature, or take questions that are neither too easy nor too hard")
+        labels = {key.removeprefix("gold_share_"): fmean(record[key] for record in last)
+                  for key in metrics if key.startswith("gold_share_")}
+        given = {label: fmean(record[f"label_share_{label}"] for record in last) for label in labels}
+        most, parsed = max(given, key=given.get, default=""), sum(given.values())
+        if parsed >= 0.1 and given[most] > 0.95 * parsed and labels[most] < 0.9:
+            warnings["labels"] = (f"answers are nearly all {most!r}: {given[most] / parsed:.1%} of those that could be read in {window} "
+                                  f"steps, while {labels[most]:.1%} of their questions ask for it; raise --prompts_per_step "
+                                  "or --beta, or lower --learning_rate")
         self.warn_once(bar, metrics["step"], warnings)
 
     def warn_once(self, bar, step, warnings):
@@ -1512,12 +1525,19 @@ class Run:
                 points.append((step, summarize(self.read_records(name))["accuracy"]))
         for record in records if self.panels is GRPO_PANELS else ():
             record["zero_std_share"] = record["zero_std_groups"] / self.config["prompts_per_step"]
-        lines = math.ceil(len(self.panels) / 3)
-        figure = Figure(figsize=(12, 3.2 * lines), layout="constrained")
-        for axis, (title, unit, series) in zip(figure.subplots(lines, 3).flat, self.panels):
+        shares = [key for key in records[-1] if key.startswith("label_share_") and any(record.get(key) for record in records)]
+        panels = [panel for panel in self.panels if panel[0] != "Answers" or shares]
+        lines, columns = math.ceil(len(panels) / 4), min(len(panels), 3 if len(panels) % 3 == 0 else 4)
+        figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns).flat
+        for axis in axes[len(panels):]:
+            axis.set_visible(False)
+        for axis, (title, unit, series) in zip(axes, panels):
             if title == "Reward":
                 parts = [key for key in records[0] if key.startswith("reward_") and key != "reward_std"]
                 series = {**series, **{key.removeprefix("reward_"): key for key in parts}}
+            if title == "Answers":
+                series = {key.removeprefix("label_share_"): key for key in shares}
             for name, key in series.items():
                 steps = [record["step"] for record in records if key in record]
                 values = [record[key] for record in records if key in record]
@@ -1527,6 +1547,8 @@ class Run:
                 axis.plot(steps, smooth, color=colour, linewidth=2, label=name)
             if title == "Accuracy":
                 axis.plot(*zip(*sorted(points)), "ko-", markersize=5, linewidth=1, label="held out, greedy") if points else None
+                axis.set_ylim(0, 1.02)
+            if title == "Answers":
                 axis.set_ylim(0, 1.02)
             if title == "Reward":
                 axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
@@ -1622,7 +1644,9 @@ def early_warnings(summary, config, task):
 
 
 def rollout_metrics(groups):
-    """What a rollout earned and looked like: means over its completions."""
+    """What a rollout earned and looked like: means over its completions. Of rows whose answer is a label also label_share_<label>,
+    how often it was the answer (label_share_none: no label could be read), and gold_share_<label>, how often it is right.
+    """
     scores = [score for group in groups for score in group["scores"]]
     lengths = torch.cat([group["lengths"] for group in groups])
     parts = [key for key in scores[0] if key not in ("score", "accuracy", "format_ok", "answer")]
@@ -1631,7 +1655,16 @@ def rollout_metrics(groups):
             "zero_std_groups": sum(group["zero_std"] for group in groups), "accuracy": fmean(s["accuracy"] for s in scores),
             "completion_length": lengths.float().mean().item(),
             "truncated": torch.cat([group["truncated"] for group in groups]).float().mean().item(),
-            "num_tokens": int(lengths.sum())}
+            "num_tokens": int(lengths.sum()), **label_shares(groups)}
+
+
+def label_shares(groups):
+    """{label_share_<label>, gold_share_<label>}, see rollout_metrics; {} where answers are free text."""
+    rows = [group["row"] for group in groups]
+    labels = rewards.LABELS.get(rows[0]["data_source"], ())
+    answers = [score["answer"] or "none" for group in groups for score in group["scores"]]
+    shares = {f"label_share_{label}": answers.count(label) / len(answers) for label in (*labels, "none") if labels}
+    return shares | {f"gold_share_{label}": fmean(row["ground_truth"] == label for row in rows) for label in labels}
 
 
 def peak_memory_gb():

@@ -20,6 +20,7 @@ import torch
 import tyro
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data import InputError, check_knobs, load_task, one_line_errors
@@ -55,6 +56,7 @@ class Config:
     num_epochs: int = 1  # passes over the rows
     batch_size: int = 8  # rows in a forward pass
     gradient_accumulation_steps: int = 4  # forward passes in an optimiser step
+    gradient_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, slower
     learning_rate: float = 2e-4  # peak of AdamW's; rises for a twentieth of the steps, then falls to 0 as a line
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # --- evaluation
@@ -146,6 +148,13 @@ def main(config):
         pairs, heldout = run.rehearse(config, pairs, heldout, libraries)
     if config.lora_r:
         model = evaluation.new_adapter(model, config.lora_r, config.lora_alpha, config.seed)
+    recomputed = []  # layers that checkpoint while their own `training` is set; what lies in them stays in eval mode
+    if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise InputError(f"model {config.model} has no gradient checkpointing in transformers: leave "
+                             "--gradient_checkpointing out, lower --batch_size")
+        model.activation_checkpointing_enable()  # transformers' name for it since 5.20
+        recomputed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"training {sum(p.numel() for p in trained):,} weights" + (f" of a LoRA adapter (r {config.lora_r})" if config.lora_r else ""))
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -193,12 +202,16 @@ def main(config):
         parts = order[place * config.gradient_accumulation_steps:(place + 1) * config.gradient_accumulation_steps]
         num_tokens = sum(len(completion) for part in parts for _, completion in part)
         loss = 0.0
+        for layer in recomputed:
+            layer.training = True
         for part in parts:
             with evaluation.memory_advice(f"in training on {len(part)} rows at once: lower --batch_size and raise "
-                                          "--gradient_accumulation_steps, or lower --max_seq_length"):
+                                          "--gradient_accumulation_steps, or add --gradient_checkpointing"):
                 nll, _ = completion_nll(model, part, compute)
                 scaler.scale(nll / num_tokens).backward()
             loss += nll.item() / num_tokens
+        for layer in recomputed:
+            layer.training = False  # else the sampler's cache would be dropped
         rate = config.learning_rate * min(1, step / max(1, steps / 20), (steps + 1 - step) / max(1, steps * 0.95))
         optimizer.param_groups[0]["lr"] = rate
         scaler.unscale_(optimizer)

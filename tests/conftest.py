@@ -63,14 +63,16 @@ FAMILIES = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out by default, run with -m slow")
+    config.addinivalue_line("markers", "real: on real weights; left out by default, run with -m real")
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+    for mark in ("slow", "real"):
+        if mark not in config.option.markexpr:
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=f"{mark}: run with -m {mark}"))
 
 
 def save_family(family, folder, vocab_size=None):
@@ -109,6 +111,18 @@ def family_folder(tmp_path_factory):
 @pytest.fixture(params=list(FAMILIES))
 def family(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """Function from a name of tests/real_models.py to the model's folder, in GRPO_TEST_MODELS or models/; skips without."""
+    def folder(name):
+        path = Path(os.environ.get("GRPO_TEST_MODELS") or ROOT / "models") / name
+        if not (path / "config.json").exists():
+            pytest.skip(f"no {path}: python tests/real_models.py {name}")
+        return str(path)
+
+    return folder
 
 
 @pytest.fixture
