@@ -12,11 +12,20 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str, "extra": dict}
+EXTRA_TEXTS = ("disease", "subject", "explanation", "verdict", "choice_type")  # in `extra`: text, or missing
+WRITTEN = {  # by a command of ours into its folder: what it is then
+    "config.json": "another run, or a model", "metrics.jsonl": "another run", "checkpoint": "another run",
+    "state.pt": "a checkpoint", "adapter_config.json": "an adapter", "tokenizer_config.json": "a tokenizer",
+    "model.safetensors": "a model", "summary.json": "another result", "eval_before.jsonl": "another run",
+    "eval.jsonl": "another result", "results.jsonl": "another result", "report.html": "another result",
+    "train.jsonl": "prepared rows", "heldout.jsonl": "prepared rows", "train.parquet": "prepared rows",
+    "val.parquet": "prepared rows"}
 
 
 # What a number among the knobs may be, (least, most), by the knob's name, which means the same in all
@@ -136,6 +145,18 @@ def load_task(module, config):
     return module.load_rows(**knobs)
 
 
+def check_out(folder, may_hold=()):
+    """Raises InputError where `folder`, an --out, is a file or holds what another command wrote, or is
+    writing: neither would be whole afterwards. may_hold: names that the caller may find there.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file, a folder is needed")
+    for name, what in WRITTEN.items():
+        if name not in may_hold and os.path.lexists(folder / name):
+            raise InputError(f"--out {folder} holds {what} ({name}): take another folder")
+
+
 def described(counts):
     """The counts of load_rows for the console, "; 3 dropped: ..." each."""
     return "".join(f"; {count} {reason}" for reason, count in counts.items())
@@ -181,8 +202,12 @@ def read_records(path):
                     records.append((f"{path}, line {number}", json.loads(line)))
                 except json.JSONDecodeError as error:
                     raise InputError(f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from None
+                except ValueError:
+                    raise _too_long(path, text) from None
     except RecursionError:
         raise InputError(f"{path}: JSON nested too deeply to be a data file") from None
+    except ValueError:
+        raise _too_long(path, text) from None
     if not records:
         raise InputError(f"{path} holds no rows")
     surrogates = "\\ud" in text.lower()  # half a surrogate pair is JSON, but no text
@@ -195,6 +220,15 @@ def read_records(path):
             except UnicodeEncodeError as error:
                 raise InputError(f"{where}: holds half a character ({error.object[error.start]!r}); mend or drop the row") from None
     return records
+
+
+def _too_long(path, text):
+    """The InputError for what is no broken JSON, but has an integer of more digits than Python reads."""
+    most = sys.get_int_max_str_digits()
+    digits = re.search(rf"\d{{{most + 1},}}", text)
+    number = text.count("\n", 0, digits.start()) + 1
+    return InputError(f"{path}, line {number}: a number of {len(digits[0]):,} digits, at most {most:,} can "
+                      "be read: mend or drop the row")
 
 
 def read_hub(name, config, split="train"):
@@ -236,26 +270,72 @@ def text_field(record, field, where, empty_ok=False):
     return record[field].strip()
 
 
-def check_row(row, where):
-    """Raises InputError unless `row` is a prepared row (see the head of this file)."""
+def is_prepared(record):
+    """Whether a record is a row of the collection already (see the head of this file), at first sight."""
+    return {"data_source", "prompt"} <= record.keys()
+
+
+def check_row(row, where, source=""):
+    """Raises InputError unless `row` is a prepared row (see the head of this file) of the data_source
+    `source` ("" = any).
+    """
     for field, kind in ROW_FIELDS.items():
         if not isinstance(row.get(field), kind):
             raise InputError(f"{where}, field `{field}`: {kind.__name__} needed in a prepared row; remake the file with "
                              "python -m data.prepare")
+    if source and row["data_source"] != source:
+        raise InputError(f"{where}, field `data_source`: {row['data_source']!r} where {source!r} is needed: "
+                         "this is a row of another task")
     for message in row["prompt"]:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise InputError(f"{where}, field `prompt`: every message needs a text `role` and `content`")
     if not row["prompt"]:
         raise InputError(f"{where}, field `prompt` is empty")
     text_field(row["extra"], "question", f"{where}, field `extra`")
+    for field in EXTRA_TEXTS:
+        value = row["extra"].get(field)
+        if not isinstance(value, str | None):
+            raise InputError(f"{where}, field `extra`, field `{field}`: {type(value).__name__} where text is "
+                             "needed")
 
 
-def set_system_prompt(row, system_prompt):
-    """`row` with `system_prompt` instead of its own; "" changes nothing."""
+def prepared_row(record, where, source, system_prompt=""):
+    """A record that is_prepared as the row that it is, with `system_prompt` instead of its own ("" = its
+    own). Raises InputError where it is no such row, or one of another task than the data_source `source`.
+    """
+    check_row(record, where, source)
     if system_prompt:
-        rest = [message for message in row["prompt"] if message["role"] != "system"]
-        row["prompt"] = [{"role": "system", "content": system_prompt}, *rest]
-    return row
+        rest = [message for message in record["prompt"] if message["role"] != "system"]
+        record["prompt"] = [{"role": "system", "content": system_prompt}, *rest]
+    return record
+
+
+def read_sides(data):
+    """[(where, record)] of train.jsonl and of heldout.jsonl where `data` is a folder with either, else None.
+
+    One of the files may be empty (of no bytes), not both. Raises InputError as read_records does.
+    """
+    files = [Path(data) / f"{side}.jsonl" for side in ("train", "heldout")]
+    if not any(file.exists() for file in files):
+        return None
+    sides = [[] if file.is_file() and not file.stat().st_size else read_records(file) for file in files]
+    if not any(sides):
+        raise InputError(f"{data} holds no rows: train.jsonl and heldout.jsonl are empty")
+    return sides
+
+
+def keep_sides(train, heldout, limit=0):
+    """(train, heldout): the rows of two lists of (where, row). Whoever wrote two files has decided the split.
+
+    limit: rows to keep of each (0 = all). Raises InputError where a question stands in both.
+    """
+    places = {normalized(row["extra"]["question"]): where for where, row in heldout}
+    for where, row in train:
+        question = row["extra"]["question"]
+        if normalized(question) in places:
+            raise InputError(f"{where}: the question {question[:80]!r} is held out too, "
+                             f"{places[normalized(question)]}: take it out of one of the two files")
+    return tuple([row for _, row in side][:limit or None] for side in (train, heldout))
 
 
 def normalized(question):

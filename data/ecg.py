@@ -8,11 +8,14 @@ Sources, told apart by their fields:
   * built-in: measurements and their textbook reading, made by rule below
 The split is by disease where a row has one, so that held-out diseases are new, and by question elsewhere.
 """
+import codecs
 import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data import InputError, check_row, normalized, question_hash, read_records, set_system_prompt, text_field
+from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, question_hash, read_records,
+                  read_sides, text_field)
 
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 SYSTEM_PROMPT = """Answer the ECG question (a yes/no question with Yes or No first) in this form:
@@ -29,37 +32,51 @@ VARIANTS = {frozenset(fields): fields[-2:] for fields in (
 def load_rows(data="builtin", *, question_field="", answer_field="", system_prompt="", limit=0):
     """Loads and splits a source.
 
-    data: "builtin", a file, a folder of JSON files (searched in depth), or a folder that data.prepare wrote. question_field,
-    answer_field: fields of your own file ("" = those of ECG-Expert-QA). system_prompt: replaces SYSTEM_PROMPT. limit: keep
-    only so many rows (0 = all).
-    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped, mended or marked. Held out are only
-    questions with one answer, and of a file's yes/no questions as many of each. Raises InputError.
+    data: "builtin", a file, a folder of JSON files (searched in depth), or a folder that data.prepare wrote.
+    question_field, answer_field: fields of your own file ("" = those of ECG-Expert-QA). system_prompt:
+    replaces SYSTEM_PROMPT. limit: keep only so many rows (0 = all), of a prepared folder so many of each
+    side.
+    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped, mended or marked.
+    Held out are only questions with one answer, and of a file's yes/no questions as many of each; a prepared
+    folder stays as it is.
+    Raises InputError.
     """
     if data == "builtin":
         return *builtin_rows(limit or 6000, system_prompt), Counter()
     if data == "hub" or data.startswith("hub:"):
         raise InputError("ECG-Expert-QA is not on the hub: clone it and name its folder with --data PATH, or use --data builtin")
-    files = [Path(data)]
-    if (files[0] / "heldout.jsonl").exists():  # prepared before
-        return *([_prepared(record, where, system_prompt) for where, record in read_records(files[0] / f"{side}.jsonl")][:limit or None]
-                 for side in ("train", "heldout")), Counter()
+    counts, rows, answers = Counter(), [], defaultdict(dict)  # of a question: its answers
+
+    def convert(file, records):
+        """Yields (where, row) of a file's (where, record); row: None where it is dropped, which is counted.
+        """
+        variant = records[0][1].keys() if records else ()
+        for index, (where, record) in enumerate(records):
+            if is_prepared(record):
+                yield where, prepared_row(record, where, "ecg_expert_qa", system_prompt)
+            elif not (question_field or answer_field) and record.keys() != variant:
+                raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} where the first row has "
+                                 f"{', '.join(map(repr, variant))}")
+            else:
+                yield where, _row(record, where, f"{file.stem}-{index}", file.stem, question_field,
+                                  answer_field, system_prompt, counts)
+
+    files, sides = [Path(data)], read_sides(data)
+    if sides:
+        names = (Path("train"), Path("heldout"))
+        kept = ([pair for pair in convert(name, side) if pair[1]] for name, side in zip(names, sides))
+        return *keep_sides(*kept, limit), +counts
     if files[0].is_dir():
         files = sorted(path for path in files[0].rglob("*.json*") if path.suffix in (".json", ".jsonl")
                        and not any(part.startswith(".") for part in path.relative_to(data).parts))
         if not files:
             raise InputError(f"{data}: the folder holds no .json or .jsonl file")
-    counts, rows, answers = Counter(), [], defaultdict(dict)  # of a question: its answers
+        for file in files:
+            if file.name == "heldout.jsonl":
+                raise InputError(f"{data} holds rows that are split already, in {file.parent}: name that "
+                                 "folder")
     for file in files:
-        records = read_records(file)
-        variant = records[0][1].keys()
-        for index, (where, record) in enumerate(records):
-            if {"data_source", "prompt"} <= record.keys():
-                row = _prepared(record, where, system_prompt)
-            elif not (question_field or answer_field) and record.keys() != variant:
-                raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} where the first row has "
-                                 f"{', '.join(map(repr, variant))}")
-            else:
-                row = _row(record, where, f"{file.stem}-{index}", file.stem, question_field, answer_field, system_prompt, counts)
+        for where, row in convert(file, read_records(file)):
             if row:
                 known = answers[normalized(row["extra"]["question"])]
                 if normalized(row["ground_truth"]) in known:
@@ -95,11 +112,6 @@ def _balanced(rows):
     return kept
 
 
-def _prepared(record, where, system_prompt):
-    check_row(record, where)
-    return set_system_prompt(record, system_prompt)
-
-
 def _row(record, where, source_id, subject, question_field, answer_field, system_prompt, counts):
     """The row of a record of a known variant, or None if it is dropped, which is counted."""
     if question_field or answer_field:
@@ -121,20 +133,18 @@ def _row(record, where, source_id, subject, question_field, answer_field, system
 
 
 def repaired(text):
-    """Text whose UTF-8 had been read as GBK, set right ("patient鈥檚" is "patient’s"); None where a byte is lost for good."""
-    parts, run = [], ""
-    for character in text + " ":
-        if "\u4e00" <= character <= "\u9fff":
-            run += character
-            continue
-        if run:
-            try:
-                parts.append(run.encode("gbk").decode("utf-8"))
-            except UnicodeError:
-                return None
-            run = ""
-        parts.append(character)
-    return "".join(parts)[:-1]
+    """Text whose UTF-8 had been read as GBK, set right ("patient鈥檚" is "patient’s"); None where a byte is
+    lost for good. Chinese text stays as it is: in GBK it is no UTF-8.
+    """
+    parts, lost = re.split("([\u4e00-\u9fff]+)", text), False
+    for i in range(1, len(parts), 2):  # every other one is such a run
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            parts[i] = decoder.decode(parts[i].encode("gbk"))
+        except UnicodeError:
+            return text
+        lost = lost or bool(decoder.getstate()[0])  # it ends in the middle of a character
+    return None if lost else "".join(parts)
 
 
 def make_row(source_id, question, answer, target_text=None, system_prompt="", extra=None):

@@ -8,9 +8,9 @@ Sources, told apart by their fields:
 Chen et al. 2024, "HuatuoGPT-o1, Towards Medical Complex Reasoning with LLMs", arXiv:2412.18925.
 """
 from collections import Counter
-from pathlib import Path
 
-from data import InputError, check_row, normalized, read_hub, read_records, set_system_prompt, split_by_question, text_field
+from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, read_hub, read_records,
+                  read_sides, split_by_question, text_field)
 from data.ecg import target
 
 HUB = "FreedomIntelligence/medical-o1-reasoning-SFT:en"
@@ -30,36 +30,46 @@ def load_rows(data="hub", *, question_field="", answer_field="", system_prompt="
     """Loads and splits a source.
 
     data: "hub", "hub:ORG/NAME[:CONFIG]", a file, or a folder that data.prepare wrote. question_field, answer_field: fields of
-    your own set ("" = those of FORMS). system_prompt: replaces SYSTEM_PROMPT. limit: read only so many rows (0 = all).
-    Returns (train, heldout, counts): two lists of rows, by the question's hash, and a Counter of what was dropped. Raises
-    InputError.
+    your own set ("" = those of FORMS). system_prompt: replaces SYSTEM_PROMPT. limit: read only so many rows
+    (0 = all), of a prepared folder so many of each side.
+    Returns (train, heldout, counts): two lists of rows, split by the question's hash, of a prepared folder as
+    they are, and a Counter of what was dropped. Raises InputError.
     """
     if data == "builtin":
         raise InputError("--task medical_o1 has no built-in items: give --data hub, --data hub:ORG/NAME or --data PATH, or take --task ecg")
     if data == "hub" or data.startswith("hub:"):
         name, _, config = (HUB if data == "hub" else data[4:]).partition(":")
-        records = read_hub(name, config or None)
-    elif Path(data).is_dir():
-        records = [pair for side in ("train", "heldout") for pair in read_records(Path(data) / f"{side}.jsonl")]
+        sides = [read_hub(name, config or None)]
     else:
-        records = read_records(data)
-    counts, rows, seen = Counter(), [], {}
-    for index, (where, record) in enumerate(records):
-        if {"data_source", "prompt"} <= record.keys():  # prepared before
-            check_row(record, where)
-            row = set_system_prompt(record, system_prompt)
+        sides = read_sides(data) or [read_records(data)]
+    knobs, counts = (question_field, answer_field, system_prompt), Counter()
+    if len(sides) == 2:
+        train, heldout = sides
+        both = _rows(train, 0, 0, knobs, counts), _rows(heldout, len(train), 0, knobs, counts)
+        return *keep_sides(*both, limit), counts
+    return *split_by_question([row for _, row in _rows(*sides, 0, limit, knobs, counts)], SPLIT_SEED), counts
+
+
+def _rows(records, first, limit, knobs, counts):
+    """[(where, row)] of [(where, record)], each question once; counts what is dropped. first: the first
+    record's index. knobs: load_rows' others, for _row.
+    """
+    rows, seen = [], {}
+    for index, (where, record) in enumerate(records, first):
+        if is_prepared(record):
+            row = prepared_row(record, where, "medical_o1", knobs[-1])
         else:
-            row = _row(record, where, index, question_field, answer_field, system_prompt)
+            row = _row(record, where, index, *knobs)
         key = normalized(row["extra"]["question"])
         if key in seen:
             same = seen[key] == normalized(row["ground_truth"])
             counts["dropped: question occurs before" + ("" if same else ", with another answer")] += 1
             continue
         seen[key] = normalized(row["ground_truth"])
-        rows.append(row)
+        rows.append((where, row))
         if len(rows) == limit:
             break
-    return *split_by_question(rows, SPLIT_SEED), counts
+    return rows
 
 
 def _row(record, where, index, question_field, answer_field, system_prompt):

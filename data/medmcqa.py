@@ -14,7 +14,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import InputError, check_row, normalized, read_hub, read_records, set_system_prompt, split_by_question, text_field
+from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, read_hub, read_records,
+                  read_sides, split_by_question, text_field)
 
 HUB = "openlifescienceai/medmcqa"
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
@@ -40,28 +41,30 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
     dev.json. cop_base: the number of option A in `cop`, "0", "1", or "auto": told from the values. question_field,
     answer_field: fields of your own file ("" = question, cop). system_prompt: replaces SYSTEM_PROMPT. limit: keep only so
     many rows of each part (0 = all).
-    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped or mended. The validation part of
-    the hub and of the original folder is held out; a single file is split by question. Raises InputError.
+    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped or mended. The
+    validation part of the hub and of the original folder is held out, a folder that data.prepare wrote stays
+    split as it is, a single file is split by question. Raises InputError.
     """
     if data == "builtin":
         train, heldout = builtin_rows(system_prompt)
         return train[:limit or None], heldout[:limit or None], Counter()
+    decided = None  # the two sides of a folder that is split already
     if data == "hub" or data.startswith("hub:"):
         name, _, config = (HUB if data == "hub" else data[4:]).partition(":")
         parts = [read_hub(name, config or None, part) for part in ("train", "validation")]
         cop_base = "0" if name == HUB and cop_base == "auto" else cop_base
-    elif Path(data).is_dir():
-        names = ("train.json", "dev.json") if (Path(data) / "dev.json").exists() else ("train.jsonl", "heldout.jsonl")
-        parts = [read_records(Path(data) / name) for name in names]
+    elif (Path(data) / "dev.json").exists():
+        parts = [read_records(Path(data) / name) for name in ("train.json", "dev.json")]
     else:
-        parts = [read_records(data)]
+        decided = read_sides(data)
+        parts = decided or [read_records(data)]
 
     everything = [pair for records in parts for pair in records]
-    prepared = {"data_source", "prompt"} <= everything[0][1].keys()
+    prepared = is_prepared(everything[0][1])
     first = None if prepared else _first_option(everything, cop_base, answer_field or "cop", data)
-    counts, seen, heldout_questions, sides = Counter(), {}, set(), []
+    counts, seen, heldout_questions, sides = Counter(), {}, set(), []  # of a side: its (where, row)
     for part, records in enumerate(reversed(parts)):  # held-out rows first: a question that stands there must not be trained on
-        rows = []
+        rows, seen = [], {} if decided else seen
         for index, (where, record) in enumerate(records):
             fallback_id = f"{index}" if part == len(parts) - 1 else f"heldout-{index}"
             row = _prepared_row(record, where, system_prompt) if prepared else _row(
@@ -71,19 +74,22 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
             question = normalized(row["extra"]["question"])
             key = (question, frozenset(map(normalized, row["extra"]["options"])))
             answer = normalized(row["extra"]["options"][LETTERS.index(row["ground_truth"])])
-            if question in heldout_questions:
+            if question in heldout_questions and not decided:  # else keep_sides refuses it
                 counts["dropped from training: the question is held out"] += 1
             elif key in seen and not prepared:  # prepared rows may hold several targets of an item
                 counts["dropped: occurs before" + ("" if seen[key] == answer else ", with another answer")] += 1
             else:
                 seen[key] = answer
-                rows.append(row)
-        heldout_questions = {normalized(row["extra"]["question"]) for row in rows}
-        sides.append(rows[:limit or None])
-    for row in sides[0] + sides[-1] if len(sides) == 2 else sides[0]:
+                rows.append((where, row))
+        heldout_questions = {normalized(row["extra"]["question"]) for _, row in rows}
+        sides.append(rows)
+    if len(sides) == 2:
+        train, heldout = keep_sides(*reversed(sides), limit)
+    else:
+        train, heldout = split_by_question([row for _, row in sides[0]][:limit or None], SPLIT_SEED)
+    for row in train + heldout:
         counts["kept: no explanation, so no SFT target"] += not row["extra"].get("explanation")
         counts["kept: choice_type multi, one label all the same"] += row["extra"].get("choice_type") == "multi"
-    train, heldout = reversed(sides) if len(sides) == 2 else split_by_question(sides[0], SPLIT_SEED)
     return train, heldout, +counts
 
 
@@ -137,13 +143,13 @@ def _row(record, where, fallback_id, first, question_field, answer_field, system
 
 
 def _prepared_row(record, where, system_prompt):
-    check_row(record, where)
+    record = prepared_row(record, where, "medmcqa", system_prompt)
     options, label = record["extra"].get("options"), record["ground_truth"]
     if not (isinstance(options, list) and len(options) == 4 and all(isinstance(option, str) for option in options)):
         raise InputError(f"{where}, field `extra`: a list `options` of four texts is needed in a prepared MedMCQA row")
     if label not in tuple(LETTERS):
         raise InputError(f"{where}: ground truth {label!r} is not one of A, B, C, D")
-    return set_system_prompt(record, system_prompt)
+    return record
 
 
 def clean_explanation(explanation, answer):

@@ -7,9 +7,11 @@
     python -m data.prepare ecg builtin --export verl      also for verl: train.parquet and val.parquet
 
 writes DIR/train.jsonl and DIR/heldout.jsonl (a row a line, see data/__init__.py), which every --data flag accepts as DIR.
+DIR is one state: it is written aside and takes the place of what an earlier call had made of it, all at once.
 """
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,11 @@ import tyro
 from transformers import AutoTokenizer
 from tyro.conf import Positional
 
-from data import (InputError, check_knobs, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors,
+from data import (InputError, check_knobs, check_out, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors,
                   pubmedqa)
 
 TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
+OWN = ("train.jsonl", "heldout.jsonl", "train.parquet", "val.parquet")  # what this command writes
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Config:
 
     task: Positional[Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"]]  # which dataset
     data: Positional[str] = "hub"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file
-    out: str = ""  # folder to write (default: data/processed/TASK)
+    out: str = ""  # folder to write, or to replace (default: data/processed/TASK)
     maybe: bool = False  # PubMedQA: keep the third class
     cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: the number of option A in `cop` (auto: told from the values)
     question_field: str = ""  # field of your own file that holds the question
@@ -71,25 +74,78 @@ def export_verl(rows, split, path):
     parquet.write_table(table, path)
 
 
+def check_place(folder, source):
+    """Raises InputError where `folder` is the source, holds it or lies in it, or holds what is not this
+    command's.
+    """
+    place, found = folder.resolve(), Path(source.removeprefix("hub:")).resolve()
+    overlap = place == found or place in found.parents or found in place.parents
+    if source not in ("builtin", "hub") and found.exists() and overlap:
+        raise InputError(f"--out {folder} would be written over its own source {source}: take another folder")
+    check_out(folder, OWN)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in OWN) if folder.exists() else []
+    why = f"holds other things ({others[0]})" if others else "is the working folder"
+    if others or place == Path.cwd() or place in Path.cwd().parents:
+        raise InputError(f"--out {folder} {why}, and it is replaced as a whole: take a folder of its own")
+
+
+def write(folder, train, heldout, verl):
+    """Replaces `folder` by one with these rows: whenever this fails or is killed, it is the old one or the
+    new one.
+
+    For a moment between two renames it is neither; the old one is beside it then, as .NAME.old. Raises
+    OSError or InputError.
+    """
+    place = folder.resolve()
+    new, old = (place.with_name(f".{place.name}.{age}") for age in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
+    if old.exists() and not place.exists():  # of one that was killed between the two renames
+        old.rename(place)
+    try:
+        new.mkdir(parents=True)
+        for side, rows in (("train", train), ("heldout", heldout)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (new / f"{side}.jsonl").write_text(text, encoding="utf-8")
+        if verl:
+            export_verl(train, "train", new / "train.parquet")
+            export_verl(heldout, "val", new / "val.parquet")
+        for path in new.iterdir():  # a full disk may only say so now
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        there = place.exists()
+        if there:
+            shutil.rmtree(old, ignore_errors=True)
+            place.rename(old)
+        try:
+            new.rename(place)
+        except OSError:
+            if there:
+                old.rename(place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def main(config):
     """Writes train.jsonl and heldout.jsonl (and parquet files where asked for), and prints what they hold. Raises InputError."""
     check_knobs(config)
+    folder = Path(config.out or f"data/processed/{config.task}")
+    check_place(folder, config.data)
     train, heldout, counts = load_task(TASKS[config.task], config)
     name = Path(__file__).parent / "tiny" if config.tokenizer == "tiny" else config.tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # many types, one thing to the user: no tokenizer
         raise InputError(hub_message(f"tokenizer {name}", error, "--tokenizer tiny")) from error
-    folder = Path(config.out or f"data/processed/{config.task}")
+    replaced = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for side, rows in (("train", train), ("heldout", heldout)):
-            (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        if config.export == "verl":
-            export_verl(train, "train", folder / "train.parquet")
-            export_verl(heldout, "val", folder / "val.parquet")
+        write(folder, train, heldout, config.export == "verl")
     except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+        reason = error.strerror or error
+        raise InputError(f"--out {folder}: cannot be written ({reason}); it is as it was") from None
+    if replaced:
+        print(f"{folder}: replaced what was there ({', '.join(replaced)})")
     for side, rows in (("train", train), ("heldout", heldout)):
         classes = Counter(row["ground_truth"] for row in rows)
         balance = ", ".join(f"{label} {count} ({count / len(rows):.1%})" for label, count in classes.most_common())

@@ -15,8 +15,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import (InputError, check_row, normalized, question_hash, read_hub, read_records, set_system_prompt,
-                  split_by_question, text_field)
+from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, question_hash, read_hub,
+                  read_records, read_sides, split_by_question, text_field)
 
 HUB = "qiaojin/PubMedQA:pqa_labeled"
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
@@ -35,8 +35,10 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
 
     data: "builtin", "hub", "hub:ORG/NAME[:CONFIG]", a file, or a folder that data.prepare wrote. maybe: keep the third
     class. *_field: names of the fields of your own file ("" = those of the known forms). system_prompt: text that
-    replaces SYSTEM_PROMPT. limit: read only so many rows (0 = all).
-    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped. Raises InputError.
+    replaces SYSTEM_PROMPT. limit: read only so many rows (0 = all), of a prepared folder so many of each
+    side.
+    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped. A prepared folder
+    stays split as it is. Raises InputError.
     """
     if data == "builtin":
         if maybe:
@@ -44,37 +46,16 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
         return *split_by_question(builtin_rows(limit or 3000, system_prompt), SPLIT_SEED), Counter()
     if data == "hub" or data.startswith("hub:"):
         name, _, config = (HUB if data == "hub" else data[4:]).partition(":")
-        records, files = read_hub(name, config or None), None
-    elif Path(data).is_dir():
-        files = [Path(data) / "train.jsonl", Path(data) / "heldout.jsonl"]
-        records = read_records(files[0]) + read_records(files[1])
+        sides = [read_hub(name, config or None)]
     else:
-        records, files = read_records(data), [data]
-
-    counts, rows = Counter(), {}  # rows by their normalised question
-    classes = CLASSES if maybe else CLASSES[:2]
+        sides = read_sides(data) or [read_records(data)]
+    knobs, counts = (maybe, question_field, context_field, answer_field, system_prompt), Counter()
+    if len(sides) == 2:
+        train, heldout = sides
+        both = _rows(train, 0, 0, knobs, counts), _rows(heldout, len(train), 0, knobs, counts)
+        return *keep_sides(*both, limit), counts
+    rows = [row for _, row in _rows(*sides, 0, limit, knobs, counts)]
     official = official_test_ids()
-    for index, (where, record) in enumerate(records):
-        if files and {"data_source", "prompt"} <= record.keys():  # prepared before
-            check_row(record, where)
-            row = set_system_prompt(record, system_prompt)
-        else:
-            row = _row(record, where, index, maybe, question_field, context_field, answer_field, system_prompt)
-        if row["ground_truth"] not in CLASSES:
-            raise InputError(f"{where}: ground truth {row['ground_truth']!r} is not one of {', '.join(CLASSES)}")
-        key = normalized(row["extra"]["question"])
-        if row["ground_truth"] not in classes:
-            counts["dropped: label maybe (--maybe keeps it)"] += 1
-        elif key in rows:
-            same = rows[key]["ground_truth"] == row["ground_truth"]
-            counts["dropped: question occurs before" + ("" if same else ", with another answer")] += 1
-            if row["id"] in official and rows[key]["id"] not in official:
-                rows[key] = row  # its twin would have been trained on
-        else:
-            rows[key] = row
-        if limit and len(rows) == limit:
-            break
-    rows = list(rows.values())
     tested = [row for row in rows if row["id"] in official]
     if not tested:
         return *split_by_question(rows, SPLIT_SEED), counts
@@ -87,6 +68,36 @@ def official_test_ids():
     """Row ids of PubMedQA's official test set: 500 PMIDs, of which 276 are yes, 169 no and 55 maybe."""
     pmids = json.loads((Path(__file__).parent / "pubmedqa_test_pmids.json").read_text())
     return {f"pubmedqa:{pmid}" for pmid in pmids}
+
+
+def _rows(records, first, limit, knobs, counts):
+    """[(where, row)] of [(where, record)], each question once; counts what is dropped. first: the first
+    record's index. knobs: load_rows' others, for _row.
+    """
+    rows, (maybe, *_, system_prompt) = {}, knobs  # rows by their normalised question
+    classes = CLASSES if maybe else CLASSES[:2]
+    official = official_test_ids()
+    for index, (where, record) in enumerate(records, first):
+        if is_prepared(record):
+            row = prepared_row(record, where, "pubmedqa", system_prompt)
+        else:
+            row = _row(record, where, index, *knobs)
+        if row["ground_truth"] not in CLASSES:
+            raise InputError(f"{where}: ground truth {row['ground_truth']!r} is not one of {', '.join(CLASSES)}")
+        key = normalized(row["extra"]["question"])
+        if row["ground_truth"] not in classes:
+            counts["dropped: label maybe (--maybe keeps it)"] += 1
+        elif key in rows:
+            _, before = rows[key]
+            same = before["ground_truth"] == row["ground_truth"]
+            counts["dropped: question occurs before" + ("" if same else ", with another answer")] += 1
+            if row["id"] in official and before["id"] not in official:
+                rows[key] = where, row  # its twin would have been trained on
+        else:
+            rows[key] = where, row
+        if limit and len(rows) == limit:
+            break
+    return list(rows.values())
 
 
 def _row(record, where, index, maybe, question_field, context_field, answer_field, system_prompt):

@@ -1,11 +1,16 @@
 """Sources, rows, splits: real formats in, the same plain rows out."""
+import errno
 import json
+import os
+import resource
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data import InputError, check_row, prepare, pubmedqa, read_records
+from data import (InputError, check_row, ecg, medical_o1, medmcqa, one_line_errors, prepare, pubmedqa,
+                  read_records)
+from interop import MEDICAL_O1
 
 SINGLE = [{"question": f"Does {i} help?", "context": f"It did {i}.", "ground_truth": "yes" if i % 3 else "no"} for i in range(40)]
 OFFICIAL = {str(1000 + i): {"QUESTION": r["question"], "CONTEXTS": [r["context"], "More."], "LABELS": ["A", "B"], "MESHES": [],
@@ -176,3 +181,302 @@ def test_real_files(real_data):
     single = pubmedqa.load_rows(str(real_data / "pubmedqa_yesno.json"))
     assert len(single[0]) + len(single[1]) == len(json.loads((real_data / "pubmedqa_yesno.json").read_text())) == 445
     assert {r["extra"]["question"] for r in single[1]} == {r["extra"]["question"] for r in heldout}  # one split for all files
+
+
+# === prepared folders =======================================================================================
+
+MODULES = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
+modules = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+
+
+def source(module, tmp_path):
+    return write(tmp_path / "source.json", MEDICAL_O1) if module is medical_o1 else "builtin"
+
+
+def write_sides(folder, train, heldout):
+    folder.mkdir(exist_ok=True)
+    for side, rows in (("train", train), ("heldout", heldout)):
+        write(folder / f"{side}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def some_rows(module, tmp_path, n=60):
+    """Rows of a task, of both of its own sides, mixed."""
+    train, heldout, _ = module.load_rows(source(module, tmp_path))
+    return [row for pair in zip(train, heldout) for row in pair][:n]
+
+
+@modules
+def test_a_prepared_folder_is_used_as_it_is_split(module, tmp_path):
+    rows = some_rows(module, tmp_path)
+    folder = write_sides(tmp_path / "p", rows[:50], rows[50:])
+    assert module.load_rows(folder)[:2] == (rows[:50], rows[50:])
+    assert module.load_rows(folder, limit=7)[:2] == (rows[:7], rows[50:57])  # of each side
+    own = module.load_rows(folder, system_prompt="Be brief.")[1]
+    assert {row["prompt"][0]["content"] for row in own} == {"Be brief."}
+
+
+@modules
+def test_one_side_of_a_prepared_folder_may_be_empty(module, tmp_path):
+    rows = some_rows(module, tmp_path, 6)
+    assert module.load_rows(write_sides(tmp_path / "a", [], rows))[:2] == ([], rows)
+    assert module.load_rows(write_sides(tmp_path / "b", rows, []))[:2] == (rows, [])
+    with pytest.raises(InputError, match="holds no rows"):
+        module.load_rows(write_sides(tmp_path / "c", [], []))
+    os.remove(tmp_path / "b" / "heldout.jsonl")
+    with pytest.raises(InputError, match=r"heldout\.jsonl: no such file"):
+        module.load_rows(str(tmp_path / "b"))
+
+
+@modules
+def test_a_question_on_both_sides_is_refused(module, tmp_path):
+    rows = some_rows(module, tmp_path)
+    twin = json.loads(json.dumps(rows[3]))
+    twin["extra"]["question"] = twin["extra"]["question"].upper() + " ?"
+    twin["id"] += "-again"
+    with pytest.raises(InputError) as error:
+        module.load_rows(write_sides(tmp_path / "p", rows[:20], [*rows[20:30], twin]))
+    assert "train.jsonl, line 4" in str(error.value) and "heldout.jsonl, line 11" in str(error.value)
+    with pytest.raises(InputError, match="is held out too"):  # --limit does not hide it
+        module.load_rows(str(tmp_path / "p"), limit=2)
+
+
+def test_duplicates_within_a_side_are_counted_as_before(tmp_path):
+    rows = some_rows(pubmedqa, tmp_path)
+    other = {**rows[0], "ground_truth": "no" if rows[0]["ground_truth"] == "yes" else "yes"}
+    train, heldout, counts = pubmedqa.load_rows(
+        write_sides(tmp_path / "p", [*rows[:20], other], [*rows[20:30], rows[20]])
+    )
+    assert (train, heldout) == (rows[:20], rows[20:30])
+    assert counts == {
+        "dropped: question occurs before": 1,
+        "dropped: question occurs before, with another answer": 1,
+    }
+    items = some_rows(medmcqa, tmp_path)
+    train = medmcqa.load_rows(
+        write_sides(tmp_path / "m", [*items[:9], {**items[0], "target": "other"}], items[9:20])
+    )[0]
+    assert len(train) == 10  # of prepared items there may be several targets
+
+
+def test_two_raw_files_are_used_as_they_are_split_too(tmp_path):
+    train, heldout, counts = pubmedqa.load_rows(write_sides(tmp_path / "p", SINGLE[:30], SINGLE[30:]))
+    assert [len(train), len(heldout)] == [30, 10] and not counts
+    assert len({row["id"] for row in train + heldout}) == 40
+    ecgs = [{"Q": f"What is sign {i}?", "A": f"It is {i}."} for i in range(12)]
+    assert [len(side) for side in ecg.load_rows(write_sides(tmp_path / "e", ecgs[:10], ecgs[10:]))[:2]] == [
+        10,
+        2,
+    ]
+
+
+def test_a_prepared_folder_deep_in_a_cloned_one_is_not_split_anew(tmp_path):
+    rows = some_rows(ecg, tmp_path)
+    (tmp_path / "clone").mkdir()
+    write_sides(tmp_path / "clone" / "p", rows[:30], rows[30:])
+    with pytest.raises(InputError, match=r"split already, in .*clone/p: name that folder"):
+        ecg.load_rows(str(tmp_path / "clone"))
+
+
+def test_the_recipe_of_the_readme_keeps_its_166_and_34_rows(tmp_path):
+    """make_row and a split of one's own, as README's worked example has it."""
+    from data import split_by_question
+
+    rows = [
+        pubmedqa.make_row(str(i), f"Does drug {i} help?", "It did.", "yes", "It did.") for i in range(200)
+    ]
+    train, heldout = split_by_question(rows, seed=0, heldout_fraction=0.2)
+    assert len(heldout) < 60
+    assert pubmedqa.load_rows(write_sides(tmp_path / "p", train, heldout))[:2] == (train, heldout)
+
+
+@modules
+def test_rows_of_another_task_are_refused_by_data_source(module, tmp_path):
+    for other in MODULES.values():
+        if other is not module:
+            rows = some_rows(other, tmp_path, 20)
+            file = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            for data in (file, write_sides(tmp_path / "p", rows[:10], rows[10:])):
+                with pytest.raises(InputError) as error:
+                    module.load_rows(data)
+                assert all(
+                    word in str(error.value) for word in ("line 1", "`data_source`", rows[0]["data_source"])
+                )
+
+
+# === what a loader may meet =================================================================================
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"question": "a"},\n {"question": %s}]', '{"question": "a"}\n{"question": %s}\n']
+)
+def test_a_number_of_5000_digits_is_one_line(tmp_path, text):
+    path = write(tmp_path / "f.json", text % ("9" * 5000))
+    with pytest.raises(InputError, match=r"f\.json, line 2: a number of 5,000 digits"):
+        read_records(path)
+
+
+@modules
+@pytest.mark.parametrize("field", ["disease", "subject", "explanation", "verdict"])
+def test_a_text_of_extra_that_is_none_is_named(module, field, tmp_path):
+    rows = some_rows(module, tmp_path, 20)
+    rows[2]["extra"][field] = [3]
+    for data in (write(tmp_path / "f.json", rows), write_sides(tmp_path / "p", rows[:10], rows[10:])):
+        with pytest.raises(InputError) as error:
+            module.load_rows(data)
+        assert f"`extra`, field `{field}`: list where text is needed" in str(error.value)
+        assert "row 2" in str(error.value) or "line 3" in str(error.value)
+    raw = write(tmp_path / "raw.json", [{"Disease": 7, "Q": "What?", "A": "That."}])
+    with pytest.raises(InputError, match="row 0, field `Disease`: int where text is needed"):
+        ecg.load_rows(raw)
+
+
+def test_genuine_chinese_rows_are_kept_as_they_are(tmp_path):
+    pairs = [("心电图显示QRS波增宽,这说明什么?", f"左束支传导阻滞, {i} ms") for i in range(40)]
+    rows = [{"Q": f"{i}: {question}", "A": answer} for i, (question, answer) in enumerate(pairs)]
+    rows += [{"Q": f"What is sign {i} (心电图)?", "A": f"It is {i}."} for i in range(10)]
+    train, heldout, counts = ecg.load_rows(write(tmp_path / "f.json", rows))
+    assert len(train) + len(heldout) == 50 and not counts
+    assert {(row["extra"]["question"], row["ground_truth"]) for row in train + heldout} == {
+        (r["Q"], r["A"]) for r in rows
+    }
+    assert ecg.repaired("the patient鈥檚 axis is -45掳") == "the patient’s axis is -45°"
+    assert ecg.repaired("R 鈮7 mm") is None and ecg.repaired("it is 5鈥") is None
+
+
+# === data.prepare: one state ================================================================================
+
+
+def prepared(*arguments, code=0):
+    """data.prepare's main in this process."""
+    with pytest.raises(SystemExit) as end:
+        with one_line_errors():
+            prepare.main(
+                prepare.tyro.cli(prepare.Config, args=list(map(str, arguments)), use_underscores=True)
+            )
+        raise SystemExit(0)
+    assert end.value.code == code
+
+
+def state(folder):
+    """{name: bytes} of a folder, and that nothing lies beside it."""
+    assert not list(folder.parent.glob(".*"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_prepare_does_not_overwrite_its_own_source(tmp_path, capsys):
+    so = tmp_path / "so"
+    prepared("pubmedqa", "builtin", "--limit", 120, "--out", so)
+    whole = state(so)
+    (tmp_path / "link").symlink_to(so)
+    for data, out in (
+        (so, so),
+        (so / "train.jsonl", so),
+        (so, tmp_path / "link"),
+        (so, so / "again"),
+        (tmp_path, so),
+    ):
+        capsys.readouterr()
+        prepared("pubmedqa", data, "--limit", 5, "--out", out, code=2)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "its own source" in error, error
+        assert state(so) == whole
+
+
+def test_prepare_replaces_a_folder_as_one_state_and_says_so(tmp_path, capsys):
+    so = tmp_path / "so"
+    prepared("pubmedqa", "builtin", "--limit", 60, "--out", so, "--export", "verl")
+    assert set(state(so)) == set(prepare.OWN) and "replaced" not in capsys.readouterr().out
+    prepared("pubmedqa", "builtin", "--limit", 80, "--out", so)
+    assert set(state(so)) == {"train.jsonl", "heldout.jsonl"}  # no old parquet, which TRL's loader would read
+    assert (
+        "replaced what was there (heldout.jsonl, train.jsonl, train.parquet, val.parquet)"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("notes.txt", "other things (notes.txt)"),
+        ("config.json", "another run"),
+        ("summary.json", "another result"),
+        ("model.safetensors", "a model"),
+        ("checkpoint", "another run"),
+    ],
+)
+def test_prepare_refuses_a_folder_that_holds_other_things(tmp_path, capsys, name, words):
+    (tmp_path / "so").mkdir()
+    (tmp_path / "so" / name).write_text("mine")
+    prepared("pubmedqa", "builtin", "--limit", 60, "--out", tmp_path / "so", code=2)
+    assert words in capsys.readouterr().err and state(tmp_path / "so") == {name: b"mine"}
+
+
+def test_prepare_refuses_a_file_and_the_working_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out, words in ((tmp_path / "file", "is a file"), (".", "the working folder")):
+        prepared("pubmedqa", "builtin", "--limit", 60, "--out", out, code=2)
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("when", ["first file", "second file", "parquet", "sync", "rename"])
+def test_a_full_disk_leaves_the_old_state_whole(tmp_path, capsys, monkeypatch, when):
+    so, calls = tmp_path / "so", []
+    prepared("pubmedqa", "builtin", "--limit", 60, "--out", so, "--export", "verl")
+    whole = state(so)
+
+    def full(usual, on):
+        def function(*arguments, **options):
+            calls.append(1)
+            if len(calls) == on:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return usual(*arguments, **options)
+
+        return function
+
+    name, place = {"parquet": ("export_verl", prepare), "sync": ("fsync", os)}.get(when, ("write_text", Path))
+    name = "rename" if when == "rename" else name
+    monkeypatch.setattr(place, name, full(getattr(place, name), {"second file": 2, "rename": 2}.get(when, 1)))
+    capsys.readouterr()
+    prepared("pubmedqa", "builtin", "--limit", 80, "--out", so, "--export", "verl", code=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left on device" in error and "it is as it was" in error, error
+    assert calls and state(so) == whole
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_file(tmp_path, capsys):
+    """A real write that ends half-way: the limit of a file's size stands for the disk's."""
+    so = tmp_path / "so"
+    prepared("pubmedqa", "builtin", "--limit", 60, "--out", so)
+    whole, limits = state(so), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        prepared("pubmedqa", "builtin", "--limit", 80, "--out", so, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written" in capsys.readouterr().err and state(so) == whole
+
+
+def test_prepare_killed_between_its_two_renames(tmp_path, monkeypatch):
+    so, usual = tmp_path / "so", Path.rename
+    prepared("pubmedqa", "builtin", "--limit", 60, "--out", so)
+    whole = state(so)
+
+    def killed(path, target):
+        if path.name == ".so.new":
+            raise KeyboardInterrupt
+        return usual(path, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "rename", killed)
+        prepared("pubmedqa", "builtin", "--limit", 80, "--out", so, code=130)
+    assert not so.exists() and (tmp_path / ".so.old").exists()
+    with monkeypatch.context() as context:  # the next call fails: the old state is back
+        context.setattr(Path, "write_text", lambda *a, **k: os.close(-1))
+        prepared("pubmedqa", "builtin", "--limit", 80, "--out", so, code=2)
+    assert state(so) == whole
+    prepared("pubmedqa", "builtin", "--limit", 80, "--out", so)
+    assert state(so) != whole
