@@ -21,7 +21,9 @@ makes one model of a base and an adapter, for servers: weights, tokenizer, gener
 """
 import ctypes
 import fcntl
+import dataclasses
 import functools
+import hashlib
 import html
 import importlib.metadata
 import io
@@ -40,7 +42,7 @@ import uuid
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from string import Template
@@ -61,7 +63,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import (InputError, check_knobs, described, ecg, hub_message, load_task, medical_o1, medmcqa,
+from data import (WRITTEN, InputError, check_knobs, check_out, described, ecg, hub_message, load_task, medical_o1, medmcqa,
                   one_line_errors, pubmedqa)
 
 TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
@@ -119,6 +121,17 @@ def find_model(name):
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         return adapter_base(folder), source
     return source, None
+
+
+def check_base(name, lora=False):
+    """Raises InputError where the --model of a training script is an adapter folder: what training saves
+    would lack the adapter. lora: whether the script has an --adapter.
+    """
+    base, adapter = find_model(name)
+    if adapter:
+        instead = f"give --model {base} --adapter {name}, or " * lora
+        raise InputError(f"--model {name} is an adapter folder, a whole model is needed: {instead}merge "
+                         f"it first (python eval.py merge --model {name} --out DIR) and give --model DIR")
 
 
 def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="sdpa", load_in_4bit=False):
@@ -671,8 +684,13 @@ def bootstrap_interval(values, n=2000):
 
 def paired_test(before, after):
     """Exact paired test of two lists of records on the same examples: of accuracy, or, of free text, of scores that differ by 0.01 or
-    more (then it is the sign test), with the mean difference and its bootstrap interval. See mcnemar.
+    more (then it is the sign test), with the mean difference and its bootstrap interval. See mcnemar. Raises
+    InputError where the two are not about the same questions.
     """
+    for one, two in itertools.zip_longest(before, after, fillvalue={"id": "nothing"}):
+        if one["id"] != two["id"]:
+            raise InputError(f"a paired test is of the same questions, but before has {one['id']} where "
+                             f"after has {two['id']}: score both on the same rows")
     if "rule" not in before[0]:
         return mcnemar([r["accuracy"] for r in before], [r["accuracy"] for r in after])
     differences = [b["score"] - a["score"] for a, b in zip(before, after, strict=True)]
@@ -728,12 +746,15 @@ def summarize_samples(records):
     return summary
 
 
-def score_completions(texts, rows, **free_text):
-    """The score dict of each completion of its row; free_text: knobs of rewards.compute_scores, where rows are of that kind."""
+def score_completions(texts, rows, **knobs):
+    """The score dict of each completion of its row; knobs: of rewards.compute_scores for free text, else
+    compute_score.
+    """
     source = rows[0]["data_source"]
+    truths, extras = [row["ground_truth"] for row in rows], [row["extra"] for row in rows]
     if source in rewards.METHOD:
-        return rewards.compute_scores(source, texts, [row["ground_truth"] for row in rows], [row["extra"] for row in rows], **free_text)
-    return [rewards.compute_score(source, text, row["ground_truth"], row["extra"]) for text, row in zip(texts, rows)]
+        return rewards.compute_scores(source, texts, truths, extras, **knobs)
+    return [rewards.compute_score(source, *row, **knobs) for row in zip(texts, truths, extras)]
 
 
 def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0,
@@ -1183,23 +1204,26 @@ class Run:
         self.rehearsal = tempfile.TemporaryDirectory() if config.dry_run else None  # gone when the process ends
         self.folder = Path(self.rehearsal.name) if config.dry_run else Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         self.script, self.panels, self.lock, self.signal, self.wandb, self.finished, self.warned = script, panels, None, None, None, False, False
+        self.identity = None  # of the run, whose checkpoints carry it
         self.in_steps, self.saved = False, 0  # between the first step and the last; the last step in checkpoint/
         self.skipped, self.bad_step, self.in_a_row = Counter(), None, 0  # updates a step; the last step that had one
         self.watched, self.collapses = [], set()  # metrics of this launch; what was warned about
         known = self.folder / "config.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"--out {self.folder} is a file, a folder is needed")
-        text = known.read_text() if known.exists() else ""  # empty where a run was killed while it made the file
+        check_out(self.folder, may_hold=WRITTEN)
+        try:
+            text = known.read_text() if known.exists() else ""  # empty where a run was killed making it
+            before = json.loads(text or "{}")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{known} cannot be read ({type(error).__name__}), so nobody can tell what run "
+                             "this was: take another --out") from None
         if text:
+            if not isinstance(before, dict) or "script" not in before:
+                raise InputError(f"--out {self.folder} holds a config.json of no run: take another folder")
             if not (self.folder / "summary.json").exists():
                 self._lock()
             if not config.resume:
                 raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take another folder")
-            try:
-                before = json.loads(text)
-            except json.JSONDecodeError:
-                raise InputError(f"{known} is no JSON any more, so nobody can tell what run this was: take another --out") from None
-            if before.get("script", script) != script:
+            if before["script"] != script:
                 raise InputError(f"--out {self.folder} holds a run of {before['script']}.py: take another folder")
             changed = [f"--{key} ({before[key]!r} at launch)" for key, value in json.loads(json.dumps(asdict(config))).items()
                        if key not in MAY_CHANGE and before.get(key, value) != value]
@@ -1207,19 +1231,42 @@ class Run:
                 raise InputError(f"--resume with another value of {', '.join(changed)} would be another run: give the values "
                                  "of the launch")
             self.finished = (self.folder / "summary.json").exists()
+        else:
+            check_out(self.folder, may_hold=("config.json",))
         self.config, self.launched = asdict(config), before if text else asdict(config)
         self.config |= {"resume": False, "wandb": "disabled"} if config.dry_run else {}
         self.schedule_steps = self.launched.get("steps")  # of the learning rate: fixed at launch
 
-    def open(self):
-        """Called once the input is known to be good: makes the folder, catches SIGINT and SIGTERM, starts wandb if asked."""
+    def open(self, train=(), heldout=()):
+        """Called once the input is known to be good: makes the folder, catches signals, starts wandb if
+        asked.
+
+        train, heldout: the rows that are used; their fingerprint goes into config.json. Raises InputError
+        where --resume comes with others.
+        """
+        rows = {"training": fingerprint(train), "held-out": fingerprint(heldout)}
+        known = self.launched.get("rows", rows) if self.lock else rows
+        if known != rows:
+            known = known if isinstance(known, dict) else {}
+            other = " and ".join(side for side in rows if known.get(side) != rows[side])
+            raise InputError(f"--resume with other {other} rows than at launch would be another run: give "
+                             "the launch's --data as it was then, or take another --out")
+        if not self.lock:
+            self.launched = {**self.config, "script": self.script, "rows": rows}
+        if "rows" in self.launched:  # else a run from before there were fingerprints
+            fixed = {key: value for key, value in self.launched.items() if key not in MAY_CHANGE}
+            self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.lock:
                 self._lock()
                 if (self.folder / "config.json").stat().st_size:  # since this process looked
                     raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take another folder")
-                self.lock.write((json.dumps({**self.config, "script": self.script}, indent=1) + "\n").encode())
+                try:
+                    self.lock.write((json.dumps(self.launched, indent=1) + "\n").encode())
+                except OSError:
+                    self.lock.truncate(0)  # half of it would block the folder
+                    raise
         except OSError as error:
             raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
         signal.signal(signal.SIGINT, self._stop)
@@ -1343,6 +1390,21 @@ class Run:
         """The records of NAME.jsonl."""
         return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
+    def read_before(self, heldout):
+        """The records of eval_before.jsonl; raises InputError unless they are about heldout's questions,
+        (row, ...) each.
+        """
+        file, wrong = self.folder / "eval_before.jsonl", "is about other questions than the run's"
+        try:
+            records = self.read_records("eval_before")
+            summarize(records)
+            if [record["id"] for record in records] == [row["id"] for row, *_ in heldout]:
+                return records
+        except (OSError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
+            wrong = f"is damaged ({type(error).__name__})" if file.exists() else "is missing"
+        raise InputError(f"{file} {wrong}, so before and after cannot be compared: put back a copy, or delete"
+                         f" {self.folder}/checkpoint to start again from the first step")
+
     def save_checkpoint(self, state):
         """Replaces checkpoint/ by `state` (a dict of tensors and numbers); the old one stays until the new one is whole and on disk."""
         new, current, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
@@ -1351,7 +1413,7 @@ class Run:
             with self._writing("checkpoint.new"):
                 new.mkdir()
                 with open(new / "state.pt", "wb") as file:
-                    torch.save(state, file)
+                    torch.save({**state, "run": self.identity}, file)
                 for path in (new / "state.pt", new, *self.folder.glob("*.jsonl")):  # a full disk may only say so now
                     synced(path)
         except InputError:
@@ -1369,17 +1431,21 @@ class Run:
         """The last whole checkpoint, or None; lines of the logs that belong to later steps are cut off."""
         state, broken = None, []
         for file in [self.folder / name / "state.pt" for name in ("checkpoint", "checkpoint.old")] if self.config["resume"] else ():
-            if file.exists() and not state:
+            if file.exists() and state is None:
                 try:
-                    state = torch.load(file, map_location="cpu", weights_only=True)
+                    state, found = torch.load(file, map_location="cpu", weights_only=True), file
                 except Exception as error:  # cut short or damaged: torch, zip and pickle have a dozen types for it
                     if out_of_memory(error):
                         raise
                     broken.append(file)
                     print(f"{file} cannot be read, it is cut short or damaged ({type(error).__name__})")
-        if broken and not state:
+        if broken and state is None:
             raise InputError(f"{broken[0]} cannot be read, and no other checkpoint is there: delete {broken[0].parent} to start again "
                              "from the first step, or put back a copy")
+        own = isinstance(state, dict) and "step" in state and state.get("run") == self.identity
+        if state is not None and not own:
+            raise InputError(f"{found} is no checkpoint of this run: put back its own, or delete "
+                             f"{found.parent} to start again from the first step")
         for file in broken:  # so that the whole one, checkpoint.old, is kept until the next is complete
             shutil.rmtree(file.parent)
         if state:
@@ -1392,9 +1458,12 @@ class Run:
                 records = []
                 for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
                     try:
-                        records.append(json.loads(line))
+                        record = json.loads(line)
                     except json.JSONDecodeError:
                         break  # half a last line, written when the run was killed
+                    if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+                        break
+                    records.append(record)
                 self.write_records(name, [record for record in records if state and record["step"] <= state["step"]])
         return state
 
@@ -1572,6 +1641,14 @@ class Run:
             self.wandb.finish()
 
 
+def fingerprint(rows):
+    """{"n", "sha256"} of rows: of all that is in them, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return {"n": len(rows), "sha256": digest.hexdigest()}
+
+
 def synced(path):
     """The path, once what it holds is on the disk itself: then it outlives a power cut too."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -1709,7 +1786,9 @@ class Config:
     system_prompt: str = ""  # file with a system prompt instead of the task's
     eval_size: int = 0  # score only so many rows (0 = all)
     limit: int = 0  # read only so many rows (0 = all)
-    similarity: Literal["auto", "embeddings", "overlap"] = "auto"  # free text: how answers are compared with the gold ones
+    method: Literal["", "hybrid", "reasoning"] = ""  # free text: which mix ("" = the run's, or the usual)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)  # ... instead: parts and weights
+    similarity: Literal["auto", "embeddings", "overlap"] = "auto"  # ... how answers are compared with gold
     encoder: str = "cross-encoder/stsb-roberta-base"  # ... by which cross-encoder or sentence encoder
     language_model: str = ""  # ... whose perplexity is the fluency ("" = leave fluency out)
     reward_model: str = ""  # ... and a trained reward model to report beside the rules
@@ -1755,10 +1834,76 @@ def parse_heads(models):
         model, _, adapter = model.rpartition("+") if plus else (model, "", "")
         if plus and not (Path(adapter) / "adapter_config.json").exists():
             raise InputError(f"--models {text}: {adapter} is no adapter folder (it has no adapter_config.json)")
+        if plus and find_model(model)[1]:
+            raise InputError(f"--models {text}: {model} is an adapter folder itself, merge it first (python "
+                             f"eval.py merge --model {model} --out DIR) and give {name}=DIR+{adapter}")
         heads.append((name, model, adapter))
     if len({name for name, *_ in heads}) < len(heads):
         raise InputError("--models: two heads have the same name")
     return heads
+
+
+def check_weights(weights, *more):
+    """Raises InputError unless `weights`, {part: weight} of free text, has known parts (or `more`), all above
+    0.
+    """
+    parts = (*rewards.WEIGHTS["hybrid"], *more)
+    for part, weight in weights.items():
+        if part not in parts or not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            raise InputError(f"--weights {part} {weight}: weights of {', '.join(parts)}, more than 0, are "
+                             "needed")
+
+
+def pick_weights(config, heads, source):
+    """{part: weight} to score free text by, and prints it: --weights, those of --method, those that the
+    heads' runs trained on (in the config.json beside a trained folder), or the usual ones of the data_source.
+    Raises InputError where two runs differ, or no part can be scored.
+    """
+    check_weights(config.weights, "learned")
+    weights, whose = rewards.WEIGHTS[rewards.METHOD[source]], f"the usual mix, {rewards.METHOD[source]}"
+    if config.weights:
+        weights, whose = config.weights, "--weights"
+    elif config.method:
+        weights, whose = rewards.WEIGHTS[config.method], f"--method {config.method}"
+    else:
+        folders = dict.fromkeys(adapter or model for _, model, adapter in heads)
+        trained = {folder: own for folder in folders if (own := trained_on(folder))}
+        for folder, own in trained.items():
+            first = next(iter(trained))
+            if own != trained[first]:
+                raise InputError(f"{first} was trained on {mixed(trained[first])}, {folder} on {mixed(own)}: "
+                                 "say by which to score, with --method or --weights")
+            weights, whose = own, f"what {folder} was trained on"
+    there = {part: weight for part, weight in weights.items()
+             if (part != "fluency" or config.language_model) and (part != "learned" or config.reward_model)}
+    if not there:
+        raise InputError(f"by {whose} there is only {mixed(weights)}, which needs a --language_model or "
+                         "--reward_model: name it, or give other --weights")
+    left = "".join(f", no {part} here" for part in weights if part not in there)
+    print(f"reward: scored by {whose}: {mixed(there)}{left}")
+    return weights
+
+
+def trained_on(folder):
+    """{part: weight} that the GRPO run of a trained folder weighed free text by, {} where there is no such
+    run's config.json.
+    """
+    folder = Path(folder).expanduser()
+    if str(folder) == "tiny" or not folder.is_dir():
+        return {}
+    try:
+        file = folder.resolve().parent / "config.json"
+        run = json.loads(file.read_text(encoding="utf-8"))
+        weights = run["weights"] or rewards.WEIGHTS[run["method"]]
+        check_weights(weights, "learned")
+        return weights
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError):
+        return {}
+
+
+def mixed(weights):
+    """{part: weight} for the console."""
+    return ", ".join(f"{weight:g} {part}" for part, weight in weights.items())
 
 
 def score_heads(config, heads, rows):
@@ -1769,7 +1914,7 @@ def score_heads(config, heads, rows):
     if config.task in ("ecg", "medical_o1"):
         check_scorers(config.language_model, config.reward_model)
         free_text = {"encoder": pick_encoder(config.similarity, config.encoder), "language_model": config.language_model,
-                     "reward_model": config.reward_model}
+                     "reward_model": config.reward_model, "weights": config.weights}
     for source in dict.fromkeys(model for _, model, _ in heads):
         model, tokenizer, compute = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
                                                load_in_4bit=config.load_in_4bit)
@@ -1844,8 +1989,7 @@ def main(config):
         raise InputError(f"--mode {config.mode} compares given answers, and --task {config.task} has none: "
                          "--mode generated")
     folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    if (folder / "summary.json").exists():
-        raise InputError(f"--out {folder} holds another result (summary.json): take another folder")
+    check_out(folder)
     train, heldout, counts = load_task(TASKS[config.task], config)
     rows = {"heldout": heldout, "train": train, "all": train + heldout}[config.split]
     if len(rows) < max(1, config.eval_size):
@@ -1864,6 +2008,8 @@ def main(config):
         tempfile.TemporaryFile(dir=folder).close()  # is it writable? Better known now than after the scoring
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror})") from None
+    if rows[0]["data_source"] in rewards.METHOD:
+        config = replace(config, weights=pick_weights(config, heads, rows[0]["data_source"]))
     results, rows = score_heads(config, heads, rows)
     if config.models:
         compare_heads(config, folder, rows, results)

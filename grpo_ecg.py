@@ -4,10 +4,10 @@
     python grpo_ecg.py                     GPU: goes on with it on Llama-3.2-3B-Instruct and the built-in ECG readings
                                            no GPU: the built-in model, about 5 minutes
     python grpo_ecg.py --data PATH         ECG-Expert-QA as it was cloned, a folder or a file (it is not on the hub)
-    python grpo_ecg.py --task medical_o1 --data hub --method reasoning   medical-o1-reasoning-SFT, or your own question and answer fields
-    python grpo_ecg.py --reward_model DIR  adds a reward model that `python rewards.py train` made
-    python grpo_ecg.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes needed)
-    python grpo_ecg.py --help              every knob
+    python grpo_ecg.py --task medical_o1 --data hub    medical-o1-reasoning-SFT, or your own question and
+    answer fields python grpo_ecg.py --reward_model DIR  adds a reward model that `python rewards.py train`
+    made python grpo_ecg.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes
+    needed) python grpo_ecg.py --help              every knob
 
 The method is that of grpo_medmcqa.py (GRPO, Shao et al. 2024, arXiv:2402.03300, with DAPO's changes, arXiv:2503.14476; a
 LoRA adapter is trained, the reference is a second, frozen one). New is the reward: no letter tells whether free text is
@@ -65,7 +65,7 @@ class Config:
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
     resample_zero_std: int = 1  # draw up to so many extra batches to replace groups whose rewards are all equal
     # --- reward
-    method: Literal["hybrid", "reasoning"] = "hybrid"  # which of the mixes below
+    method: Literal["", "hybrid", "reasoning"] = ""  # which mix ("" = ecg hybrid, medical_o1 reasoning)
     weights: dict[str, float] = field(default_factory=dict)  # instead: parts and weights, such as findings 0.5 format 0.1
     normalize_rewards: bool = False  # bring each part to one scale in its group before they are weighed and added
     similarity: Literal["auto", "embeddings", "overlap"] = "auto"  # how: by the encoder where it can be had
@@ -109,21 +109,52 @@ class Config:
 TINY = dict(steps=80, prompts_per_step=16, learning_rate=1.5e-3, ref_every=20, max_completion_length=112, eval_every=40,
             similarity="overlap")
 
-# Weights of the parts of the reward, each part 0 to 1 (see rewards.py); their weighted mean is the reward, -1 without an answer.
-MIX = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
-       "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
+SOURCE = {"ecg": "ecg_expert_qa", "medical_o1": "medical_o1"}  # the data_source of a task's rows
 
 
 def mix(config):
-    """{part: weight} of this run: without a language model there is no fluency, with a reward model there is its part, learned."""
-    weights = {part: weight for part, weight in (config.weights or MIX[config.method]).items() if part != "fluency" or config.language_model}
+    """{part: weight} of this run, of parts that are 0 to 1 each (see rewards.py): --weights, or the mix of
+    --method, which stands in rewards.WEIGHTS, once: hybrid weighs findings, tokens, similarity, fluency,
+    format and brevity; reasoning similarity, fluency and format. Without a language model there is no
+    fluency; with a reward model there is its part, learned.
+    """
+    weights = config.weights or rewards.WEIGHTS[config.method or rewards.METHOD[SOURCE[config.task]]]
+    weights = {part: weight for part, weight in weights.items() if part != "fluency" or config.language_model}
     return weights | ({"learned": config.learned_weight} if config.reward_model else {})
 
 
+def settled(config):
+    """config with the method and the weights that it comes to, as config.json keeps them, for later
+    evaluations. Raises InputError.
+    """
+    evaluation.check_weights(config.weights)
+    weights, method = mix(config), config.method or rewards.METHOD[SOURCE[config.task]]
+    if not weights:
+        raise InputError("--weights names fluency alone, which needs a --language_model: name one, or "
+                         "another part")
+    return replace(config, method=method, weights=weights)
+
+
 def score(texts, rows, config):
-    """What completions earn: for each its parts and their weighted mean, `score`, -1 to 1."""
+    """What completions earn: for each its parts and their weighted mean, `score`, 0 to 1, or -1 without an
+    answer.
+    """
     return evaluation.score_completions(texts, rows, weights=mix(config), encoder=config.encoder,
                                         language_model=config.language_model, reward_model=config.reward_model)
+
+
+def normalized_rewards(scores, config):
+    """Rewards [G] of a group's score dicts, each part brought to one scale in the group before they are
+    weighed and added.
+
+    The -1 of a completion without an answer is a part too, in which all with an answer are alike; its other
+    parts are 0.
+    """
+    weights = mix(config)
+    answered = torch.tensor([float(s["answer"] != "") for s in scores], dtype=torch.float64)
+    parts = [answered * torch.tensor([s[part] for s in scores], dtype=torch.float64) for part in weights]
+    scaled = group_advantages(torch.stack([*parts, answered - 1]), "group")
+    return sum(weight * part for weight, part in zip([*weights.values(), sum(weights.values())], scaled))
 
 
 # === shared: algorithm ================================================================================================
@@ -268,12 +299,14 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
         truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device)) & ~stopped  # cut at the limit: no EOS
         scores = every_score[own]
         rewards = torch.tensor([s["score"] for s in scores], dtype=torch.float64)
+        weighed = normalized_rewards(scores, config) if config.normalize_rewards else rewards
         groups.append({
             "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "completion_ids": ids,
             "completion_mask": mask & ~truncated[:, None] if config.mask_truncated else mask,
             "sampler_logps": sampler_logps[own, :lengths.max()], "texts": texts[own], "lengths": lengths,
             "truncated": truncated, "scores": scores, "rewards": rewards,
-            "zero_std": bool(rewards.max() == rewards.min())})
+            "weighed": weighed,  # what the advantages are made of
+            "zero_std": bool(weighed.max() == weighed.min())})
     return groups
 
 
@@ -365,15 +398,12 @@ def copy_adapter(model):
 def main(config):
     """The whole run: load, evaluate, train step by step, evaluate, save. Raises InputError."""
     evaluation.check_config(config)
-    for part, weight in config.weights.items():
-        if part not in MIX["hybrid"] or not 0 < weight < float("inf"):
-            raise InputError(f"--weights {part} {weight}: weights of {', '.join(MIX['hybrid'])}, more than 0, are needed")
-    if not mix(config):
-        raise InputError("--weights names fluency alone, which needs a --language_model: name one, or another part")
+    config = settled(config)
     run = evaluation.Run("grpo_ecg", config)
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
+    evaluation.check_base(config.model, lora=True)
 
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(evaluation.TASKS[config.task], config)
@@ -382,7 +412,7 @@ def main(config):
     model, tokenizer, compute = load_policy(config)
     config = replace(config, encoder=evaluation.pick_encoder(config.similarity, config.encoder))
     evaluation.check_scorers(config.language_model, config.reward_model)
-    print("reward: " + ", ".join(f"{weight:g} {part}" for part, weight in mix(config).items()))
+    print(f"reward: {evaluation.mixed(config.weights)}")
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
     if config.dry_run:
@@ -393,7 +423,7 @@ def main(config):
     generator = torch.Generator(model.device).manual_seed(config.seed)
     parts = {"optimizer": optimizer, "scaler": scaler}
     adapters = ("default", "reference") if config.beta else ("default",)
-    run.open()
+    run.open(*([row for row, _ in rows] for rows in (train, heldout)))
     step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when this launch (less earlier ones) began
     state = run.load_checkpoint()
     if state:
@@ -420,7 +450,7 @@ def main(config):
     # --- before
     if not state:
         run.write_records("eval_before", evaluate("before"))
-    before = run.read_records("eval_before")
+    before = run.read_before(heldout)
     before_summary = evaluation.summarize(before)
     print("before:", evaluation.describe(before_summary))
     for line in evaluation.early_warnings(before_summary, config, config.task):
@@ -445,10 +475,7 @@ def main(config):
         generate_seconds, clock = time.time() - clock, time.time()
 
         # rewards to advantages, each completion against its group
-        rewards = torch.stack([group["rewards"] for group in groups])  # [P, G]
-        if config.normalize_rewards:  # each part on a scale of its own
-            rewards = sum(weight * group_advantages(torch.tensor([[s[part] for s in group["scores"]] for group in groups]), "group")
-                          for part, weight in mix(config).items())
+        rewards = torch.stack([group["weighed"] for group in groups])  # [P, G]
         for group, advantages in zip(groups, group_advantages(rewards, config.scale_rewards)):
             group["advantages"] = advantages.float().to(model.device)
 

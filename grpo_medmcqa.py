@@ -30,7 +30,6 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import eval as evaluation
-import rewards
 from data import load_task, medmcqa, one_line_errors
 
 GPU = torch.cuda.is_available()
@@ -107,11 +106,11 @@ TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-3, ref_every=20, max
             similarity="overlap")
 
 
-def score(text, row, config):
-    """What a completion earns: the parts and their sum, `score` (at most 1.6 by default)."""
-    return rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"], encoder=config.encoder,
-                                 correct_weight=config.correct_weight, tag_weight=config.tag_weight,
-                                 similarity_weight=config.similarity_weight)
+def score(texts, rows, config):
+    """What completions earn: for each its parts and their sum, `score` (at most 1.6 by default)."""
+    return evaluation.score_completions(texts, rows, correct_weight=config.correct_weight,
+                                        similarity_weight=config.similarity_weight,
+                                        tag_weight=config.tag_weight, encoder=config.encoder)
 
 
 # === shared: algorithm ================================================================================================
@@ -246,6 +245,7 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
             max_new_tokens=config.max_completion_length, temperature=config.temperature, stop_strings=config.stop_strings,
             tokenizer=tokenizer)
     texts, groups = evaluation.decode(tokenizer, completion_ids, completion_mask, config.stop_strings), []
+    every_score = score(texts, [row for row, _ in batch for _ in range(config.group_size)], config)
     for i, (row, prompt_ids) in enumerate(batch):
         own = slice(i * config.group_size, (i + 1) * config.group_size)
         lengths = completion_mask[own].sum(dim=1)
@@ -253,7 +253,7 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
         last = ids.gather(1, lengths[:, None] - 1)[:, 0]
         stopped = torch.tensor([text.endswith(config.stop_strings) for text in texts[own]], device=ids.device)
         truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device)) & ~stopped  # cut at the limit: no EOS
-        scores = [score(text, row, config) for text in texts[own]]
+        scores = every_score[own]
         rewards = torch.tensor([s["score"] for s in scores], dtype=torch.float64)
         groups.append({
             "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "completion_ids": ids,
@@ -350,6 +350,7 @@ def main(config):
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
+    evaluation.check_base(config.model, lora=True)
 
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(medmcqa, config)
@@ -369,7 +370,7 @@ def main(config):
     generator = torch.Generator(model.device).manual_seed(config.seed)
     parts = {"optimizer": optimizer, "scaler": scaler}
     adapters = ("default", "reference") if config.beta else ("default",)
-    run.open()
+    run.open(*([row for row, _ in rows] for rows in (train, heldout)))
     step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when this launch (less earlier ones) began
     state = run.load_checkpoint()
     if state:
@@ -391,12 +392,12 @@ def main(config):
     def evaluate(title):
         return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
                                    max_completion_length=config.max_completion_length,
-                                   stop_strings=config.stop_strings)
+                                   stop_strings=config.stop_strings, score=lambda *x: score(*x, config))
 
     # --- before
     if not state:
         run.write_records("eval_before", evaluate("before"))
-    before = run.read_records("eval_before")
+    before = run.read_before(heldout)
     before_summary = evaluation.summarize(before)
     print("before:", evaluation.describe(before_summary))
     for line in evaluation.early_warnings(before_summary, config, "medmcqa"):

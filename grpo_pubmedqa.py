@@ -25,7 +25,6 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import eval as evaluation
-import rewards
 from data import load_task, one_line_errors, pubmedqa
 
 GPU = torch.cuda.is_available()
@@ -96,10 +95,12 @@ TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-4, beta=0.01, ref_ev
             max_prompt_length=2048, eval_every=20)
 
 
-def score(text, row, config):
-    """What a completion earns: the parts and their sum, `score` (2.0 for the right answer and 0.2 a tag by default)."""
-    return rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"],
-                                 correct_weight=config.correct_weight, tag_weight=config.tag_weight)
+def score(texts, rows, config):
+    """What completions earn: for each its parts and their sum, `score` (2.0 for the right answer and 0.2 a
+    tag by default).
+    """
+    return evaluation.score_completions(texts, rows, correct_weight=config.correct_weight,
+                                        tag_weight=config.tag_weight)
 
 
 # === shared: algorithm ================================================================================================
@@ -234,6 +235,7 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
             max_new_tokens=config.max_completion_length, temperature=config.temperature, stop_strings=config.stop_strings,
             tokenizer=tokenizer)
     texts, groups = evaluation.decode(tokenizer, completion_ids, completion_mask, config.stop_strings), []
+    every_score = score(texts, [row for row, _ in batch for _ in range(config.group_size)], config)
     for i, (row, prompt_ids) in enumerate(batch):
         own = slice(i * config.group_size, (i + 1) * config.group_size)
         lengths = completion_mask[own].sum(dim=1)
@@ -241,7 +243,7 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
         last = ids.gather(1, lengths[:, None] - 1)[:, 0]
         stopped = torch.tensor([text.endswith(config.stop_strings) for text in texts[own]], device=ids.device)
         truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device)) & ~stopped  # cut at the limit: no EOS
-        scores = [score(text, row, config) for text in texts[own]]
+        scores = every_score[own]
         rewards = torch.tensor([s["score"] for s in scores], dtype=torch.float64)
         groups.append({
             "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "completion_ids": ids,
@@ -320,6 +322,7 @@ def main(config):
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
+    evaluation.check_base(config.model)
 
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(pubmedqa, config)
@@ -338,7 +341,7 @@ def main(config):
     generator = torch.Generator(model.device).manual_seed(config.seed)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     parts |= {"reference": reference} if config.beta else {}
-    run.open()
+    run.open(*([row for row, _ in rows] for rows in (train, heldout)))
     step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when this launch (less earlier ones) began
     state = run.load_checkpoint()
     if state:
@@ -357,12 +360,12 @@ def main(config):
     def evaluate(title):
         return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
                                    max_completion_length=config.max_completion_length,
-                                   stop_strings=config.stop_strings)
+                                   stop_strings=config.stop_strings, score=lambda *x: score(*x, config))
 
     # --- before
     if not state:
         run.write_records("eval_before", evaluate("before"))
-    before = run.read_records("eval_before")
+    before = run.read_before(heldout)
     before_summary = evaluation.summarize(before)
     print("before:", evaluation.describe(before_summary))
     for line in evaluation.early_warnings(before_summary, config, "pubmedqa"):

@@ -620,9 +620,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, c
     """Scores one completion. As it stands it is verl's custom reward function too (the two reward_* knobs are verl's, unused here).
 
     data_source: a key of TAGS. solution_str: generated text only, without the prompt. ground_truth: the right label.
-    extra_info: the row's `extra` (MedMCQA needs its options, and takes question and explanation where they are). The weights
-    are those of the data source (CORRECT_WEIGHT, TAG_WEIGHT, SIMILARITY_WEIGHT) unless given. encoder: name of a sentence
-    encoder for the similarity, "" for word overlap.
+    extra_info: the row's `extra` (MedMCQA: without options letters alone count; question and explanation
+    where they are). The weights are those of the data source (CORRECT_WEIGHT, TAG_WEIGHT, SIMILARITY_WEIGHT)
+    unless given. encoder: name of a sentence encoder for the similarity, "" for word overlap.
     Returns a dict with the same keys for every input of a data source: score, the sum of its weighted parts correctness,
     format and (MedMCQA) similarity; accuracy (1.0 or 0.0, the answer is right), format_ok (1.0 or 0.0, all tags in place)
     and answer (the parsed label, "" if there is none). PubMedQA: 0 to 2.8; MedMCQA: 0 to 1.6. Free text (METHOD's sources) has
@@ -636,8 +636,11 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, c
         given if given is not None else usual[data_source] for given, usual in
         ((correct_weight, CORRECT_WEIGHT), (tag_weight, TAG_WEIGHT), (similarity_weight, SIMILARITY_WEIGHT)))
     tags = TAGS[data_source]
+    extra_info = extra_info or {}
     if data_source == "medmcqa":
-        answer = parse_option(solution_str, tags, extra_info["options"])
+        options = extra_info.get("options")  # a list, or an array from a parquet file
+        known = options is not None and len(options) > 0
+        answer = parse_option(solution_str, tags, options if known else [""] * 4)
     else:
         answer = parse_answer(solution_str, tags, LABELS[data_source])
     accuracy = float(answer != "" and answer == ground_truth)
@@ -768,6 +771,9 @@ def train_reward_model(config):
         raise SystemExit(refused("--out is empty: name the folder to write"))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise SystemExit(refused(f"--out {config.out} is there, and not an empty folder: take another"))
+    if (Path(config.base) / "adapter_config.json").exists():
+        raise SystemExit(refused(f"--base {config.base} is an adapter folder, a whole model is needed: merge "
+                                 f"it first (python eval.py merge --model {config.base} --out DIR)"))
     train = read_rows(folder / "train.jsonl", 2)[:config.limit or None]
     heldout = read_rows(folder / "heldout.jsonl", 2)[:config.eval_size]
     base = str(Path(__file__).parent / "data" / "tiny") if config.base == "tiny" else config.base

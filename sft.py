@@ -134,6 +134,7 @@ def main(config):
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
+    evaluation.check_base(config.model)
 
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(evaluation.TASKS[config.task], config)
@@ -161,7 +162,7 @@ def main(config):
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
     an_epoch = -(-len(batches(pairs, config.batch_size, config.seed, 0)) // config.gradient_accumulation_steps)  # steps
     steps = an_epoch * config.num_epochs
-    run.open()
+    run.open([row for row in train if row["target"]], [row for row, _ in heldout])
     step, start = 0, time.time()
     state = run.load_checkpoint()
     if state:
@@ -189,7 +190,7 @@ def main(config):
     # --- before
     if not state:
         run.write_records("eval_before", evaluate("before"))
-    before = run.read_records("eval_before")
+    before = run.read_before(heldout)
     print("before:", evaluation.describe(evaluation.summarize(before)))
 
     # --- training

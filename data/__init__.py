@@ -20,10 +20,10 @@ from pathlib import Path
 ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str, "extra": dict}
 EXTRA_TEXTS = ("disease", "subject", "explanation", "verdict", "choice_type")  # in `extra`: text, or missing
 WRITTEN = {  # by a command of ours into its folder: what it is then
-    "config.json": "another run, or a model", "metrics.jsonl": "another run", "checkpoint": "another run",
-    "state.pt": "a checkpoint", "adapter_config.json": "an adapter", "tokenizer_config.json": "a tokenizer",
-    "model.safetensors": "a model", "summary.json": "another result", "eval_before.jsonl": "another run",
-    "eval.jsonl": "another result", "results.jsonl": "another result", "report.html": "another result",
+    "summary.json": "another result", "eval.jsonl": "another result", "results.jsonl": "another result",
+    "report.html": "another result", "config.json": "another run, or a model", "metrics.jsonl": "another run",
+    "checkpoint": "another run", "eval_before.jsonl": "another run", "state.pt": "a checkpoint",
+    "adapter_config.json": "an adapter", "tokenizer_config.json": "a tokenizer", "model.safetensors": "a model",
     "train.jsonl": "prepared rows", "heldout.jsonl": "prepared rows", "train.parquet": "prepared rows",
     "val.parquet": "prepared rows"}
 

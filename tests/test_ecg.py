@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -17,7 +18,7 @@ import grpo_ecg
 import rewards
 import sft
 from conftest import ROOT
-from data import InputError, ecg, medical_o1
+from data import InputError, ecg, medical_o1, one_line_errors
 from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
 from test_lora import in_process
 
@@ -177,6 +178,180 @@ def test_a_run_as_a_user_would_run_it(tmp_path, family_folder):
 def test_rewards_are_normalised_without_a_language_model_too(tmp_path, method, capsys):
     assert in_process(grpo_ecg, *QUICK, "--method", method, "--normalize_rewards", "--out", tmp_path / "run") == 0
     assert "fluency" not in capsys.readouterr().out and len(metrics(tmp_path / "run")) == 2
+
+
+def test_each_task_trains_on_its_own_mix_unless_another_is_named():
+    def mix(*flags):
+        return grpo_ecg.settled(grpo_ecg.parse(["--model", "tiny", *flags]))
+
+    for flags, method in (
+        ([], "hybrid"),
+        (["--task", "medical_o1"], "reasoning"),
+        (["--task", "ecg"], "hybrid"),
+        (["--task", "medical_o1", "--method", "hybrid"], "hybrid"),
+        (["--method", "reasoning"], "reasoning"),
+    ):
+        config = mix(*flags)
+        assert config.method == method == mix(*flags, "--method", config.method).method
+        usual = {part: weight for part, weight in rewards.WEIGHTS[method].items() if part != "fluency"}
+        assert config.weights == usual == grpo_ecg.mix(config)  # no language model
+    assert mix("--language_model", "x").weights == rewards.WEIGHTS["hybrid"]
+    assert mix("--reward_model", "x", "--learned_weight", "2").weights["learned"] == 2
+
+
+SAID = ecg.target("x", "Normal sinus rhythm" + ", left axis deviation" * 3) + " And more."
+
+
+@pytest.fixture
+def everybody_says(monkeypatch):
+    """Makes every model say one text: what is tried is how it is scored."""
+    monkeypatch.setattr(evaluation, "decode", lambda tokenizer, ids, mask: [SAID] * len(ids))
+
+
+def evaluated(*arguments):
+    """eval.py's main without a new process; returns the exit code."""
+    flags = ["--task", "ecg", "--eval_size", 6, "--max_completion_length", 4, "--similarity", "overlap"]
+    try:
+        with one_line_errors():
+            flags = list(map(str, [*flags, *arguments]))
+            evaluation.main(tyro.cli(evaluation.Config, args=flags, use_underscores=True))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def two_mixes(tmp_path, everybody_says):
+    """Folders of two runs: one on a mix that was edited in rewards.py, one on weights of its own."""
+    flags = [*QUICK, "--steps", 1, "--max_completion_length", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rewards.WEIGHTS, "hybrid", {"format": 0.5, "brevity": 0.5})
+        assert in_process(grpo_ecg, *flags, "--out", tmp_path / "edited") == 0
+    assert in_process(grpo_ecg, *flags, "--weights", "format", 2, "--out", tmp_path / "own") == 0
+    return tmp_path / "edited" / "model", tmp_path / "own" / "model"
+
+
+def test_an_evaluation_scores_what_the_run_trained_on(two_mixes, tmp_path, capsys):
+    edited, own = two_mixes
+    known = json.loads((edited.parent / "config.json").read_text())
+    assert known["weights"] == {"format": 0.5, "brevity": 0.5} and known["method"] == "hybrid"
+
+    def check(file, *parts):
+        for record in map(json.loads, file.read_text().splitlines()):
+            assert record["answer"]
+            assert record["score"] == pytest.approx(sum(map(record.get, parts)) / len(parts))
+
+    for name in ("eval_before", "eval_after"):  # the run's own
+        check(edited.parent / f"{name}.jsonl", "format", "brevity")
+    later = {  # flags of eval.py: what it says, the parts that count
+        ("--model", edited): (
+            f"what {edited} was trained on: 0.5 format, 0.5 brevity",
+            ["format", "brevity"],
+        ),
+        ("--model", own): (f"what {own} was trained on: 2 format", ["format"]),
+        ("--model", edited, "--weights", "tokens", 1): ("--weights: 1 tokens", ["tokens"]),
+    }
+    for number, (flags, (words, parts)) in enumerate(later.items()):
+        assert evaluated(*flags, "--out", tmp_path / f"e{number}") == 0
+        assert f"reward: scored by {words}\n" in capsys.readouterr().out
+        check(tmp_path / f"e{number}" / "eval.jsonl", *parts)
+    summary = json.loads((tmp_path / "e0" / "summary.json").read_text())
+    assert summary["config"]["weights"] == {"format": 0.5, "brevity": 0.5}
+    for number, (flags, words) in enumerate(
+        [
+            (["--model", "tiny"], "the usual mix, hybrid: 0.4 findings"),
+            (["--model", edited, "--method", "hybrid"], "--method hybrid: 0.4 findings"),
+            (["--models", "base=tiny", f"own=tiny+{own}"], f"what {own} was trained on: 2 format\n"),
+        ]
+    ):
+        assert evaluated(*flags, "--out", tmp_path / f"f{number}") == 0
+        assert f"reward: scored by {words}" in capsys.readouterr().out
+
+
+def test_runs_on_two_mixes_are_not_scored_by_one_of_them(two_mixes, tmp_path, capsys):
+    heads = ["--models", f"a={two_mixes[0]}", f"b={two_mixes[1]}"]
+    assert evaluated(*heads, "--out", tmp_path / "e") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(
+        word in error for word in ("edited/model", "own/model", "2 format", "--method", "--weights")
+    )
+    assert evaluated(*heads, "--method", "hybrid", "--out", tmp_path / "e") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--weights", "finding", "1"], ["--weights finding"]),
+        (["--weights", "tokens", "nan"], ["--weights tokens nan"]),
+        (["--weights", "fluency", "1"], ["--weights", "1 fluency", "--language_model"]),
+    ],
+)
+def test_weights_of_an_evaluation_that_make_no_sense(arguments, words, tmp_path, capsys):
+    assert evaluated(*arguments, "--out", tmp_path / "e") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
+
+
+def scored(answer="x", **parts):
+    """A score dict as rewards.compute_scores makes it, with the hybrid mix's score."""
+    whole = dict.fromkeys(("findings", "tokens", "similarity", "format", "brevity"), 0.0) | parts
+    mix = {part: rewards.WEIGHTS["hybrid"][part] for part in whole}
+    score = sum(mix[part] * whole[part] for part in mix) / sum(mix.values()) if answer else -1.0
+    return {"score": score, "rule": score, **whole, "accuracy": 0.0, "format_ok": 0.0, "answer": answer}
+
+
+def test_normalized_rewards_keep_the_minus_one_of_an_empty_answer():
+    config = grpo_ecg.Config(normalize_rewards=True, language_model="")
+    for group in (
+        [scored(), scored(), scored(), scored("")],  # all parts are 0: the answer is all that differs
+        [scored(findings=0.2, format=1.0), scored(findings=0.2, format=1.0), scored("", format=1.0)],
+    ):
+        rewarded = grpo_ecg.normalized_rewards(group, config)
+        advantages = grpo_ecg.group_advantages(rewarded[None], "group")[0]
+        assert (
+            advantages[-1] < -1 and (advantages[:-1] > 0.3).all() and len(set(advantages[:-1].tolist())) == 1
+        )
+    best = grpo_ecg.normalized_rewards(
+        [scored(findings=1.0), scored(findings=0.5), scored("", format=1.0)], config
+    )
+    assert best[0] > best[1] > best[2]
+    assert set(grpo_ecg.normalized_rewards([scored(""), scored("", format=1.0)], config).tolist()) == {0.0}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_zero_std_looks_at_what_the_advantages_are_made_of(normalize, monkeypatch):
+    model, tokenizer, compute = evaluation.load_model("tiny")
+    config = grpo_ecg.Config(
+        model="tiny",
+        normalize_rewards=normalize,
+        language_model="",
+        prompts_per_step=2,
+        group_size=4,
+        max_completion_length=4,
+    )
+    rows = evaluation.encode_rows(tokenizer, ecg.load_rows("builtin", limit=20)[0][:4], 4096, "training")
+    # the same weighted mean, but other parts: tokens and similarity weigh 0.2 each, findings 0.4
+    groups = [
+        [scored(findings=0.5), scored(tokens=1.0), scored(similarity=1.0), scored(findings=0.5)],
+        [scored(), scored(), scored(), scored("")],
+    ]
+    monkeypatch.setattr(grpo_ecg, "score", lambda *_: groups[0] + groups[1])
+    made = grpo_ecg.rollout(
+        model,
+        tokenizer,
+        grpo_ecg.question_stream(rows, 0, 0),
+        config,
+        compute,
+        evaluation.stop_ids(model, tokenizer),
+        torch.Generator().manual_seed(0),
+    )
+    assert [group["zero_std"] for group in made] == [not normalize, False]
+    assert [group["rewards"].tolist() for group in made] == [
+        [s["score"] for s in group] for group in groups
+    ]  # as they are, in the logs
+    for group in made:
+        advantages = grpo_ecg.group_advantages(group["weighed"][None], "group")
+        assert group["zero_std"] == (advantages.abs().max() < 1e-9)
 
 
 @pytest.mark.slow  # test_survival.py has the short form

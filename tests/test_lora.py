@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
+import grpo_ecg
 import grpo_medmcqa as grpo
+import grpo_pubmedqa
+import rewards
 import sft
 from conftest import ROOT
 from data import medmcqa, one_line_errors, pubmedqa
@@ -296,6 +299,71 @@ def test_bad_input_is_one_line_and_exit_code_2(script, arguments, words, tmp_pat
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(word.format(**places) in error for word in words), error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    """A fresh adapter of the built-in model."""
+    folder = tmp_path_factory.mktemp("adapter") / "model"
+    evaluation.new_adapter(evaluation.load_model("tiny")[0], 2, 4, 0).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", [grpo, grpo_ecg, grpo_pubmedqa, sft], ids=lambda script: script.__name__)
+def test_an_adapter_folder_as_the_model_is_refused(script, adapter_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [QUICK_SFT, ["--lora_r", 0]] if script is sft else [QUICK]
+    flags = [flag for part in flags for flag in part]
+    for more in ([], ["--adapter", "none"]) if script in (grpo, grpo_ecg) else ([],):
+        assert in_process(script, *flags, *more, "--model", adapter_folder) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"--model {adapter_folder} is an adapter folder" in error, error
+        assert f"python eval.py merge --model {adapter_folder} --out DIR" in error
+        assert (f"--model {TINY} --adapter {adapter_folder}" in error) == (script in (grpo, grpo_ecg))
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_the_refusal_of_an_adapter_folder_says_works(adapter_folder, tmp_path):
+    evaluation.merge(evaluation.Merge(model=str(adapter_folder), out=str(tmp_path / "merged")))
+    quick = [*QUICK, "--steps", 1, "--eval_size", 1, "--prompts_per_step", 1, "--max_completion_length", 4]
+    for folder, model, adapter in (("a", TINY, adapter_folder), ("b", tmp_path / "merged", "none")):
+        flags = ["--model", model, "--adapter", adapter, "--out", tmp_path / folder]
+        assert in_process(grpo, *quick, *flags) == 0
+        evaluation.load_model(str(tmp_path / folder / "model"))
+
+
+def test_an_adapter_on_an_adapter_is_no_head(adapter_folder, tmp_path, capsys):
+    assert heads("--models", f"x={adapter_folder}+{adapter_folder}", "--out", tmp_path / "e") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{adapter_folder} is an adapter folder itself" in error
+    assert f"merge --model {adapter_folder}" in error and f"x=DIR+{adapter_folder}" in error
+    assert not (tmp_path / "e").exists()
+    alone = [f"x={adapter_folder}"]
+    assert evaluation.parse_heads(alone) == [("x", str(adapter_folder), "")]  # by itself it is one
+
+
+def test_a_reward_model_does_not_start_from_an_adapter(adapter_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        rewards.train_reward_model(rewards.Train(data="x", base=str(adapter_folder), out=str(tmp_path / "r")))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "is an adapter folder" in error
+
+
+@pytest.mark.parametrize("script", [grpo, grpo_pubmedqa], ids=lambda script: script.__name__)
+def test_a_runs_own_evaluation_is_scored_by_its_weights(script, tmp_path, monkeypatch):
+    source = "medmcqa" if script is grpo else "pubmedqa"
+    first, last, opening, closing = rewards.TAGS[source]
+    answer = "A" if script is grpo else "yes"
+    text = f"{first}It is so.{last}{opening}{answer}{closing}"
+    monkeypatch.setattr(evaluation, "decode", lambda tokenizer, ids, mask: [text] * len(ids))
+    flags = [*QUICK, "--steps", 1, "--max_completion_length", 4, "--eval_size", 12]
+    flags += ["--correct_weight", 7, "--tag_weight", 0.5]
+    flags += ["--adapter", "none", "--similarity_weight", 0] if script is grpo else []
+    assert in_process(script, *flags, "--out", tmp_path / "run") == 0
+    for name in ("eval_before", "eval_after"):
+        records = [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
+        assert {record["accuracy"] for record in records} == {0.0, 1.0}
+        assert all(record["score"] == 7 * record["accuracy"] + 4 * 0.5 for record in records)
 
 
 def test_without_the_default_adapter_the_script_says_so(tmp_path, monkeypatch, capsys):

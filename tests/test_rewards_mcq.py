@@ -197,6 +197,18 @@ def test_the_keys_are_constant_and_nothing_beats_the_right_answer_with_the_expla
     assert best == pytest.approx(1.6) and best > max(score(text)["score"] for _, text, *_ in TABLE) + 0.1
 
 
+@pytest.mark.parametrize("extra", [{}, None, {"question": "Which?"}, {"options": None}, {"options": []},
+                                   {"options": np.array([], dtype=object), "explanation": None}])
+def test_without_options_letters_alone_count(extra):
+    right, wrong = ("B", "b.", "(B)"), ("A", "B. iron", "iron", "", "A B", "E")
+    for answer, accuracy in [(text, 1) for text in right] + [(text, 0) for text in wrong]:
+        result = rewards.compute_score("medmcqa", done(answer), "B", extra)
+        assert result["accuracy"] == accuracy and result["format_ok"] == 1, answer
+    options = np.array(["tin", "iron", "zinc", "lead"])
+    known = rewards.compute_score("medmcqa", done("iron"), "B", {"options": options})
+    assert known["accuracy"] == 1  # as a parquet file gives them
+
+
 def test_the_weights_are_knobs():
     best = done("B", EXPLANATION)
     assert score(best, correct_weight=3.0, tag_weight=0.5, similarity_weight=2.0)["score"] == pytest.approx(7.0)

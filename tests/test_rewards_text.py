@@ -97,8 +97,15 @@ def test_findings_of_the_question_earn_nothing():
     assert rewards.findings_f1("anything", "Keep calm.", question) is None
 
 
-def test_weights_stand_in_the_script_and_are_those_of_compute_score():
-    assert grpo_ecg.MIX == rewards.WEIGHTS and all(sum(mix.values()) == pytest.approx(1) for mix in grpo_ecg.MIX.values())
+def test_weights_stand_once_and_are_those_of_script_and_compute_score(monkeypatch):
+    assert all(sum(mix.values()) == pytest.approx(1) for mix in rewards.WEIGHTS.values())
+    question, gold, _ = TABLE[0]
+    monkeypatch.setitem(rewards.WEIGHTS, "hybrid", {"format": 1.0, "brevity": 3.0})
+    row = {"data_source": "ecg_expert_qa", "ground_truth": gold, "extra": {"question": question}}
+    text = done("wrong ") + " and more"
+    [own] = grpo_ecg.score([text], [row], grpo_ecg.Config(language_model="", encoder=""))
+    assert own == rewards.compute_score("ecg_expert_qa", text, gold, row["extra"])
+    assert own["score"] == pytest.approx((own["format"] + 3 * own["brevity"]) / 4) and own["format"] == 0.75
 
 
 def test_score_is_the_weighted_mean_of_its_parts_and_minus_one_without_an_answer():

@@ -262,6 +262,304 @@ def test_what_may_change_on_resume(whole, tmp_path, monkeypatch, capsys):
     assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["completions_per_forward"] == 2
 
 
+# === resumed with something else ============================================================================
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Function from a script to a fresh copy of the folder of a run that died after a checkpoint."""
+    made = {}
+
+    def folder(script, to):
+        if script not in made:
+            made[script] = tmp_path_factory.mktemp("stopped") / script.__name__
+            patch = pytest.MonkeyPatch()
+            unfinished(patch, script, made[script])
+        shutil.copytree(made[script], to)
+        return to
+
+    return folder
+
+
+def refused(capsys, script, *arguments):
+    """The one line with which a launch is refused."""
+    capsys.readouterr()
+    assert launch(script, *arguments) == 2
+    return one_line(capsys.readouterr().err)
+
+
+def state_of(folder):
+    """{path: bytes} of a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@scripts
+def test_resume_with_other_rows_is_refused(script, tmp_path, monkeypatch, capsys):
+    from data import medmcqa, pubmedqa
+
+    task = {grpo_medmcqa: medmcqa, sft: medmcqa, grpo_pubmedqa: pubmedqa, grpo_ecg: evaluation.ecg}[script]
+    rows = task.load_rows("builtin", limit=120)[0][:30]
+    flags = [*RUNS[script], "--data", tmp_path / "rows", "--out", tmp_path / "run"]
+
+    def write(train, heldout):
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        for side, own in (("train", train), ("heldout", heldout)):
+            (tmp_path / "rows" / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+    write(rows[:20], rows[20:])
+    with monkeypatch.context() as context:
+        crash_in_step(context, script, 2 if script is sft else 4)
+        assert launch(script, *flags, "--save_every", "1" if script is sft else "2") == 130
+    known = json.loads((tmp_path / "run" / "config.json").read_text())["rows"]
+    assert (known["training"]["n"], known["held-out"]["n"]) == (20, 4)  # those that are used: --eval_size 4
+    before = state_of(tmp_path / "run")
+    prompt = json.loads(json.dumps(rows[0]))
+    prompt["prompt"][-1]["content"] += "?"
+    flags += ["--save_every", "1" if script is sft else "2", "--resume"]
+    others = [
+        (rows[1:20], rows[21:], "other training and held-out rows"),
+        (rows[:20], rows[21:], "other held-out rows"),
+        ([*rows[1:20], rows[0]], rows[20:], "other training rows"),
+        ([prompt, *rows[1:20]], rows[20:], "other training rows"),
+        ([{**rows[0], "id": "x"}, *rows[1:20]], rows[20:], "other training rows"),
+        ([{**rows[0], "target": "x"}, *rows[1:20]], rows[20:], "other training rows"),
+    ]
+    for train, heldout, words in others if script is grpo_pubmedqa else others[:1]:
+        write(train, heldout)
+        assert words in refused(capsys, script, *flags)
+        assert state_of(tmp_path / "run") == before
+    if script is grpo_pubmedqa:
+        write(rows[:20], rows[20:29])  # a held-out row that is never looked at
+        assert launch(script, *flags) == 0
+
+
+def test_compare_and_paired_tests_check_ids():
+    def records(*ids):
+        return [{"id": one, "ground_truth": "yes", "answer": "yes", "accuracy": 1.0} for one in ids]
+
+    assert evaluation.paired_test(records("a", "b"), records("a", "b"))["p_value"] == 1
+    for other in (records("a", "c"), records("b", "a"), records("a"), records("a", "b", "c")):
+        for test in (evaluation.paired_test, evaluation.compare):
+            with pytest.raises(evaluation.InputError, match="the same questions"):
+                test(records("a", "b"), other)
+
+
+QUESTIONS = [{"id": str(i), "prompt": [], "target": ""} for i in range(3)]
+
+
+def opened(folder, rows=QUESTIONS, resume=True, **knobs):
+    """The Run of a script that has looked at its input and begins, or goes on."""
+    run = evaluation.Run("x", grpo_pubmedqa.Config(model="tiny", out=str(folder), resume=resume, **knobs))
+    run.open(rows, rows)
+    return run
+
+
+def begun(folder, step=2, **knobs):
+    """The folder of a run that was stopped after a step."""
+    run = opened(folder, resume=False, **knobs)
+    wrong = {"ground_truth": "yes", "answer": "no", "accuracy": 0.0}
+    run.write_records("eval_before", [{"id": row["id"], **wrong} for row in QUESTIONS])
+    for i in range(step):
+        run.log("metrics", {"step": i + 1})
+    run.save_checkpoint({"step": step, "completions_per_forward": 0})
+    run.close()
+    return folder
+
+
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_text(""),
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-30]),
+    "no text": lambda file: file.write_bytes(b"\xff\xfe\n"),
+    "no records": lambda file: file.write_text("[]\n3\n"),
+    "no evaluation": lambda file: file.write_text('{"id": "x"}\n'),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "another order": lambda file: file.write_text("\n".join(file.read_text().splitlines()[::-1])),
+    "a row less": lambda file: file.write_text("\n".join(file.read_text().splitlines()[:-1])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_missing_or_damaged_eval_before(damage, tmp_path):
+    run = opened(begun(tmp_path / "run"))
+    held_out = [(row, [1, 2]) for row in QUESTIONS]
+    assert run.load_checkpoint()["step"] == 2 and len(run.read_before(held_out)) == 3
+    DAMAGES[damage](run.folder / "eval_before.jsonl")
+    words = {"missing": "is missing", "another order": "other questions", "a row less": "other questions"}
+    words = words.get(damage, "is damaged")
+    with pytest.raises(evaluation.InputError, match=f"{words}.*delete .*run/checkpoint"):
+        run.read_before(held_out)
+    run.close()
+
+
+def test_after_a_missing_eval_before_what_the_line_says_works(stopped, whole, tmp_path, capsys):
+    folder = stopped(grpo_pubmedqa, tmp_path / "run")
+    (folder / "eval_before.jsonl").unlink()
+    assert "is missing" in refused(capsys, grpo_pubmedqa, *GRPO, "--out", folder, "--resume")
+    shutil.rmtree(folder / "checkpoint")
+    assert launch(grpo_pubmedqa, *GRPO, "--out", folder, "--resume") == 0
+    check_same(grpo_pubmedqa, folder, whole(grpo_pubmedqa))
+
+
+def test_a_foreign_checkpoint(stopped, tmp_path, capsys):
+    folder, other = begun(tmp_path / "run"), begun(tmp_path / "other", seed=7)
+    file = folder / "checkpoint" / "state.pt"
+    own = torch.load(file, weights_only=True)
+    reseeded = torch.load(other / "checkpoint" / "state.pt", weights_only=True)  # else it is the same run
+    for content in (reseeded, {}, {"step": 2}, [1, 2], torch.ones(3), 0, {**own, "run": "x"}):
+        torch.save(content, file)
+        run = opened(folder)
+        with pytest.raises(evaluation.InputError, match="state.pt is no checkpoint of this run: .*delete"):
+            run.load_checkpoint()
+        run.close()
+    torch.save(own, file)
+    run = opened(folder)
+    assert run.load_checkpoint() == own
+    run.close()
+    folder = stopped(grpo_pubmedqa, tmp_path / "real")  # and as a user sees it
+    torch.save(own, folder / "checkpoint" / "state.pt")
+    before = state_of(folder)
+    assert "is no checkpoint of" in refused(capsys, grpo_pubmedqa, *GRPO, "--out", folder, "--resume")
+    assert state_of(folder) == before
+
+
+def test_a_run_from_before_there_were_fingerprints_goes_on(tmp_path):
+    folder = begun(tmp_path / "run")
+    known = json.loads((folder / "config.json").read_text())
+    del known["rows"]
+    (folder / "config.json").write_text(json.dumps(known))
+    torch.save({"step": 2, "completions_per_forward": 0}, folder / "checkpoint" / "state.pt")
+    run = opened(folder)
+    assert run.load_checkpoint()["step"] == 2
+    run.close()
+
+
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", "3", '"text"', "null", "{", "{}", '{"model_type": "qwen2"}', b"\xff\xfe", None]
+)
+def test_a_config_json_that_is_no_runs(content, stopped, tmp_path, capsys):
+    folder = stopped(grpo_pubmedqa, tmp_path / "run")
+    (folder / "config.json").unlink()
+    if content is None:
+        (folder / "config.json").mkdir()
+    else:
+        (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = state_of(folder)
+    for flags in ([], ["--resume"]):
+        error = refused(capsys, grpo_pubmedqa, *GRPO, "--out", folder, *flags)
+        assert "config.json" in error and "take another" in error
+        assert state_of(folder) == before
+
+
+def test_lines_of_metrics_that_are_none_are_cut_off(tmp_path):
+    for line in ("3", "[]", '{"step": null}', '{"step": 1', '"x"'):
+        folder = begun(tmp_path / f"{len(line)}")
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(f'{line}\n{{"step": 2, "again": 1}}\n')
+        run = opened(folder)
+        run.load_checkpoint()
+        assert run.read_records("metrics") == [{"step": 1}, {"step": 2}]
+        run.close()
+
+
+# === a folder that is another's =============================================================================
+
+
+def evaluated(*arguments):
+    """eval.py's main in this process; returns the exit code."""
+    try:
+        with one_line_errors():
+            evaluation.main(
+                evaluation.tyro.cli(evaluation.Config, args=list(map(str, arguments)), use_underscores=True)
+            )
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_nobody_writes_into_the_folder_of_a_stopped_run(stopped, tmp_path, capsys, monkeypatch):
+    from data import prepare
+
+    folder = stopped(grpo_pubmedqa, tmp_path / "run")
+    before = state_of(folder)
+    (tmp_path / "rows").mkdir()
+    for side, rows in zip(("train", "heldout"), evaluation.ecg.load_rows("builtin", limit=40)[:2]):
+        (tmp_path / "rows" / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train():
+        rewards.train_reward_model(rewards.Train(data=str(tmp_path / "rows"), out=str(folder)))
+
+    def merge():
+        evaluation.merge(evaluation.Merge(model="tiny", out=str(folder)))
+
+    def prepared():
+        prepare.main(prepare.Config(task="pubmedqa", data="builtin", limit=40, out=str(folder)))
+
+    for command in (train, merge, prepared):
+        with pytest.raises(SystemExit) as end, one_line_errors():
+            command()
+        assert end.value.code == 2 and f"--out {folder}" in one_line(capsys.readouterr().err)
+    for flags in (["--model", "tiny"], ["--models", "a=tiny", "b=tiny"]):
+        assert evaluated(*flags, "--eval_size", 2, "--out", folder) == 2
+        assert f"--out {folder} holds another run" in one_line(capsys.readouterr().err)
+    for script in (sft, grpo_ecg, grpo_medmcqa):
+        assert "holds" in refused(capsys, script, *RUNS[script], "--out", folder)
+    assert state_of(folder) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eval.jsonl",
+        "results.jsonl",
+        "summary.json",
+        "train.jsonl",
+        "adapter_config.json",
+        "model.safetensors",
+        "state.pt",
+        "metrics.jsonl",
+        "checkpoint",
+    ],
+)
+def test_a_script_does_not_start_in_a_folder_that_is_anothers(name, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    for flags in ([], ["--resume"]):
+        error = refused(capsys, grpo_pubmedqa, *GRPO, "--out", tmp_path / "run", *flags)
+        assert f"({name})" in error and state_of(tmp_path / "run") == {Path(name): b"mine"}
+    assert evaluated("--eval_size", 2, "--out", tmp_path / "run") == 2
+    assert state_of(tmp_path / "run") == {Path(name): b"mine"}
+
+
+def test_a_folder_with_a_note_of_ones_own_will_do(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").write_text("as tee makes it")
+    begun(tmp_path / "run")
+    evaluation.check_out(tmp_path)
+
+
+def test_a_full_disk_under_config_json_does_not_block_the_folder(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            self.file.write(data[:20])
+            raise OSError(28, "No space left on device")
+
+    usual = evaluation.Run._lock
+    with monkeypatch.context() as context:
+        context.setattr(
+            evaluation.Run, "_lock", lambda run: (usual(run), setattr(run, "lock", Full(run.lock)))
+        )
+        with pytest.raises(evaluation.InputError, match="cannot be written .No space left"):
+            opened(tmp_path / "run", resume=False)
+    begun(tmp_path / "run")
+
+
 # === fed NaN ============================================================================================================
 
 
