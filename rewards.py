@@ -834,7 +834,7 @@ def train_reward_model(config):
     model.eval()
     tested, right, seen = pairs_of(heldout, random.Random(config.seed + 1)), Counter(), []
     if not tested:
-        raise SystemExit(refused(f"{folder / 'heldout.jsonl'}: no answer can be made worse, there are no pairs"))
+        raise SystemExit(refused(f"{folder / 'heldout.jsonl'}: no answer can be made worse"))
     with torch.inference_mode():
         for first in range(0, len(tested), 64):
             part = tested[first:first + 64]
