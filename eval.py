@@ -163,7 +163,8 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
             from peft import PeftModel
             model = PeftModel.from_pretrained(model, adapter)
     except Exception as error:  # a dozen types of transformers, hub, safetensors and json, one thing to the user: no model
-        raise InputError(hub_message(f"model {name}", error, "--model tiny, or --model PATH to a local folder")) from error
+        kernel = f" with --attn_implementation {attn_implementation}" * (attn_implementation != "sdpa")
+        raise InputError(hub_message(f"model {name}{kernel}", error, "--model tiny, or --model PATH to a local folder")) from error
     capped = [key for key in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
               if getattr(model.config.get_text_config(), key, None) not in (None, 1.0)]
     capped += ["a bias of the output layer"] if getattr(model.get_output_embeddings(), "bias", None) is not None else []

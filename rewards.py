@@ -758,7 +758,6 @@ def train_reward_model(config):
     """
     import torch
     import transformers
-    from tqdm import tqdm
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     transformers.logging.set_verbosity_error()  # that the output layer is new is no news
     transformers.utils.logging.disable_progress_bar()
@@ -790,11 +789,22 @@ def train_reward_model(config):
     if config.lora_r:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear", task_type="SEQ_CLS"))
-    try:  # to be renamed at the end: then --out is whole or not there
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent)  # gone where this one ends
+        aside = tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent)
     except OSError as error:
         raise SystemExit(refused(f"--out {config.out} cannot be written ({error.strerror})"))
+    with aside:
+        summary = fit_reward_model(config, model, tokenizer, train, heldout, Path(aside.name) / "model")
+        (Path(aside.name) / "model").rename(out)  # in place of an empty folder too: it is whole or not there
+    print(f"written: {config.out}/")
+    return summary
+
+
+def fit_reward_model(config, model, tokenizer, train, heldout, out):
+    """The training of train_reward_model on these rows; writes into the folder `out`, returns the summary."""
+    import torch
+    from tqdm import tqdm
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"reward model: {config.base}, {sum(p.numel() for p in trained):,} weights to train on {len(train)} questions, {len(heldout)} held out")
 
@@ -834,7 +844,7 @@ def train_reward_model(config):
     model.eval()
     tested, right, seen = pairs_of(heldout, random.Random(config.seed + 1)), Counter(), []
     if not tested:
-        raise SystemExit(refused(f"{folder / 'heldout.jsonl'}: no answer can be made worse, there are no pairs"))
+        raise SystemExit(refused(f"{config.data}/heldout.jsonl: no answer in it can be made worse"))
     with torch.inference_mode():
         for first in range(0, len(tested), 64):
             part = tested[first:first + 64]
@@ -843,29 +853,25 @@ def train_reward_model(config):
             right.update(kind for (kind, *_), better in zip(part, (both[0] > both[1]).tolist()) if better)
     counts, seen = Counter(kind for kind, *_ in tested), torch.cat(seen)
     if not seen.isfinite().all():
-        raise SystemExit(refused(f"--learning_rate {config.learning_rate}: the trained model's scores are NaN, "
-                                 "nothing is written: lower it, or take another --base"))
+        words = "the trained model's scores are NaN, nothing is written: lower it, or take another --base"
+        raise SystemExit(refused(f"--learning_rate {config.learning_rate}: {words}"))
     summary = {"accuracy": sum(right.values()) / len(tested), "n": len(tested),
                "by_kind": {kind: {"accuracy": right[kind] / n, "n": n} for kind, n in counts.items()},
                "base": config.base, "data": config.data, "steps": len(curve), "seed": config.seed}
-    made = Path(aside.name) / "model"
     scale = {"mean": seen.mean().item(), "std": max(1e-6, seen.std().item())}
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    (made / "normalisation.json").write_text(json.dumps(scale) + "\n")
-    (made / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    made.rename(out)  # in place of an empty folder too
-    aside.cleanup()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "normalisation.json").write_text(json.dumps(scale) + "\n")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{'held-out pairs':28}{'right':>8}{'of':>7}")
     for kind, part in [*summary["by_kind"].items(), ("all", summary)]:
         print(f"{kind:28}{part['accuracy']:8.3f}{part['n']:7}")
-    print(f"written: {config.out}/")
     return summary
 
 
 def main(arguments):
-    """The command line after `python rewards.py`. Ends as all other commands do (data.one_line_errors): a path
-    that the system refuses, a full disk, too little memory with exit code 2 and one line, Ctrl-C with 130.
+    """The command line after `python rewards.py`. Ends as all commands do (data.one_line_errors): a path that
+    the system refuses, a full disk, too little memory with exit code 2 and one line, Ctrl-C with 130.
     """
     import tyro
     if arguments[:1] != ["train"]:

@@ -1,10 +1,12 @@
 """The scripts as a user runs them: files they leave, bad input in one line, kill and resume."""
 import errno
 import http.server
+import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +20,16 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import eval as evaluation
+import grpo_ecg
+import grpo_medmcqa
 import grpo_pubmedqa as grpo
+import rewards
 from conftest import ROOT, save_family
-from data import one_line_errors
+from data import ecg, one_line_errors, prepare
 from test_data import SINGLE
 
 QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6", "--max_completion_length", "24", "--limit", "200"]
@@ -426,14 +432,10 @@ def test_no_token_beyond_the_vocabulary_or_of_probability_0_is_drawn(vocabulary)
         assert evaluation.draw(alone, uniform).flatten().tolist() == [token] * 6
 
 
-def test_likelihoods_that_are_not_numbers_are_refused(family_folder, tmp_path, capsys):
-    model, tokenizer, _ = evaluation.load_model(family_folder("qwen2"))
-    model.model.norm.weight.data[0] = torch.nan
-    model.save_pretrained(tmp_path / "nan")
-    tokenizer.save_pretrained(tmp_path / "nan")
+def test_likelihoods_that_are_not_numbers_are_refused(broken_model, tmp_path, capsys):
     for mode in ("loglikelihood", "generated"):
         capsys.readouterr()
-        assert scored("--task", "medmcqa", "--mode", mode, "--model", tmp_path / "nan", "--eval_size", 3,
+        assert scored("--task", "medmcqa", "--mode", mode, "--model", broken_model, "--eval_size", 3,
                       "--out", tmp_path / "e") == 2
         error = capsys.readouterr().err
         assert error.startswith("error: model: the model's probabilities are not numbers (NaN)")
@@ -526,3 +528,255 @@ def test_an_adapter_folder_loads_with_its_base(family_folder, tmp_path):
 
 def test_escape_codes_do_not_reach_the_terminal():
     assert evaluation.printable("a\x1b[31mb\x07\nc") == "a\ufffd[31mb\ufffd\nc"
+
+
+# --- chat, merge, the reward model's training -----------------------------------------------------------
+
+
+def talk(monkeypatch, lines, *arguments):
+    """eval.py chat in this process, fed with bytes; returns the exit code."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    try:
+        with one_line_errors():
+            arguments = ["--max_completion_length", "3", *arguments]
+            evaluation.chat(evaluation.tyro.cli(evaluation.Chat, args=arguments, use_underscores=True))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_save_leaves_other_files_alone_and_chat_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("a year of work")
+    (tmp_path / "other.json").write_text('{"system": ""}')
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    names = ["notes.txt", "other.json", "empty", "folder", "pipe", "/dev/null"]
+    names += ["nowhere/x.json", "x" * 300, "a\0b"]
+    lines = "".join(f"/save {name}\n" for name in names)
+    lines += "Hello\n/save mine.json\nAgain\n/save mine.json\n/quit\n"
+    assert talk(monkeypatch, lines.encode()) == 0
+    said = capsys.readouterr().out
+    assert said.count("is there already and no saved chat") == 6 and said.count("cannot be written") == 3
+    assert "null byte" in said and said.count("saved: mine.json") == 2
+    assert (tmp_path / "notes.txt").read_text() == "a year of work"
+    assert (tmp_path / "other.json").read_text() == '{"system": ""}' and not (tmp_path / "empty").read_bytes()
+    assert len(json.loads((tmp_path / "mine.json").read_text())["heads"]["tiny"]) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "empty", "folder", "mine.json", "notes.txt", "other.json", "pipe"]
+
+
+def test_a_full_disk_keeps_the_last_saved_chat(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert talk(monkeypatch, b"Hello\n/save\n") == 0
+    before = (tmp_path / "chat.json").read_bytes()
+
+    def full(path, text, **_):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert talk(monkeypatch, b"/save\nHello\n") == 0
+    assert "chat.json: cannot be written (No space left on device)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+    assert (tmp_path / "chat.json").read_bytes() == before
+
+
+def test_chat_leaves_out_a_line_that_is_no_utf8(tmp_path, monkeypatch, capsys):
+    file = str(tmp_path / "talk.json")
+    lines = b"one\nbroken \xff\xfe here\n/save x\xff.json\ntwo \0 bytes\n/save " + file.encode() + b"\n"
+    assert talk(monkeypatch, lines) == 0
+    assert capsys.readouterr().out.count("a line that is no UTF-8 was left out") == 2
+    history = json.loads(Path(file).read_text())["heads"]["tiny"]
+    assert [m["content"] for m in history if m["role"] == "user"] == ["one", "two \0 bytes"]
+
+
+@pytest.fixture
+def broken_model(family_folder, tmp_path):
+    """A model folder with one weight that is NaN."""
+    model, tokenizer, _ = evaluation.load_model(family_folder("qwen2"))
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    return str(tmp_path / "nan")
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.7"])
+def test_chat_says_that_logits_are_nan_and_goes_on(temperature, broken_model, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "talk.json"
+    assert talk(monkeypatch, f"Hello\nAgain\n/save {file}\n".encode(), "--temperature", temperature,
+                "--models", f"bad={broken_model}", "good=tiny") == 0
+    said = capsys.readouterr().out
+    assert said.count("bad: the model's probabilities are not numbers (NaN)") == 2
+    heads = json.loads(file.read_text())["heads"]
+    assert heads["bad"] == [] and len(heads["good"]) == 4  # a question without an answer is not remembered
+
+
+def test_chat_without_heads_is_one_line(monkeypatch, capsys):
+    assert talk(monkeypatch, b"", "--models") == 2
+    assert capsys.readouterr().err.startswith("error: --models names no head")
+
+
+def merged(*arguments):
+    """eval.py merge in this process; returns the exit code."""
+    try:
+        with one_line_errors():
+            arguments = list(map(str, arguments))
+            evaluation.merge(evaluation.tyro.cli(evaluation.Merge, args=arguments, use_underscores=True))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config.json", "[1, 2]"), ("config.json", "null"),
+    ("config.json", '{"architectures": ["X"], "model": 3}'),
+    ("config.json", '{"group_size": 4}'), ("config.json", None),
+    ("summary.json", "[]"), ("summary.json", '{"before": 1, "after": {}}'), ("summary.json", None),
+    ("summary.json", '{"before": {"accuracy": "x", "accuracy_ci95": 3}, "after": {"accuracy": null}}'),
+    ("summary.json", '{"versions": 7, "seconds": "long"}'),
+    ("eval_after.jsonl", "[3]\n"), ("eval_after.jsonl", "{}\n"), ("eval_after.jsonl", '{"id": 5}\n')])
+def test_merge_beside_foreign_files_writes_a_card_that_knows_nothing(name, text, family_folder, tmp_path):
+    folder = tmp_path / "run" / "model"
+    shutil.copytree(family_folder("qwen2"), folder)
+    (tmp_path / "run" / name).mkdir() if text is None else (tmp_path / "run" / name).write_text(text)
+    assert merged("--model", folder, "--out", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a run that is not known" in card and "not known | | |" in card
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_merge_refuses_a_model_with_nan_and_leaves_nothing(broken_model, tmp_path, capsys):
+    assert merged("--model", broken_model, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "model.norm.weight holds NaN or infinity" in error and error.count("\n") == 1
+    assert merged("--model", "tiny", "--out", "") == 2
+    assert "--out is empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["nan"]
+
+
+def test_a_merge_that_failed_does_not_block_the_next(tmp_path, monkeypatch, capsys):
+    usual = transformers.PreTrainedTokenizerFast.save_pretrained
+
+    def full(self, folder, *rest, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    (tmp_path / "out").mkdir()  # an empty one is taken
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
+    assert merged("--model", "tiny", "--out", tmp_path / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [*tmp_path.rglob("*")] == [tmp_path / "out"]
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", usual)
+    assert merged("--model", "tiny", "--out", tmp_path / "out") == 0
+    assert {"README.md", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def trained(*arguments):
+    """rewards.py train in this process; returns the exit code."""
+    try:
+        rewards.main(["train", *map(str, arguments)])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """A prepared folder with a few free-text rows."""
+    (tmp_path / "rows").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in ecg.load_rows("builtin", limit=20)[0][:4])
+    for side in ("train", "heldout"):
+        (tmp_path / "rows" / f"{side}.jsonl").write_text(text)
+    return tmp_path / "rows"
+
+
+def test_reward_training_finds_out_about_its_folder_before_it_trains(answers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rewards, "pairs_of", lambda *_: pytest.fail("training has begun"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")  # of a stopped run
+    for out in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "run", "/proc/out", "", "x" * 300):
+        assert trained(answers, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(out) in error and error.count("\n") == 1, error
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+
+
+def test_reward_training_that_fails_is_one_line_and_leaves_nothing(answers, tmp_path, monkeypatch, capsys):
+    usual = transformers.PreTrainedTokenizerFast.save_pretrained
+    little = [answers, "--out", tmp_path / "out", "--max_length", 16, "--batch_size", 2]
+
+    def failing(error):
+        def save(*_, **__):
+            raise error
+        monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", save)
+
+    for error, words in [(OSError(errno.ENOSPC, "No space left on device", "x"), "the disk is full"),
+                         (RuntimeError("Error(Io, StorageFull, os error 28)"), "the disk is full"),
+                         (RuntimeError("CUDA out of memory"), "lower --batch_size")]:
+        failing(error)
+        capsys.readouterr()
+        assert trained(*little) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: ") and words in last
+    failing(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        trained(*little)
+    failing(KeyboardInterrupt())
+    assert trained(*little) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows"]
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", usual)
+    assert trained(*little) == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"summary.json", "normalisation.json", "model.safetensors"} <= written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows"]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"ground_truth": 3}, "no text"), ({"extra": {"question": ["?"]}}, "no text"),
+    ({"extra": []}, "TypeError"), ({"data_source": ["ecg"]}, "TypeError")])
+def test_reward_training_refuses_rows_of_another_kind(change, words, answers, tmp_path, capsys):
+    row = json.loads((answers / "train.jsonl").read_text().splitlines()[0])
+    (answers / "train.jsonl").write_text(json.dumps(row | change) + "\n")
+    assert trained(answers, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_a_reward_model_whose_scores_are_nan_is_not_written(answers, tmp_path, monkeypatch, capsys):
+    usual = torch.nn.functional.logsigmoid
+    monkeypatch.setattr(torch.nn.functional, "logsigmoid", lambda x: usual(x) * torch.nan)
+    assert trained(answers, "--out", tmp_path / "out", "--max_length", 16) == 2
+    assert "scores are NaN, nothing is written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("eval.py", ["--temperature", "-1"]), ("eval.py", ["--temperature", "nan"]),
+    ("grpo_pubmedqa.py", ["--correct_weight", "nan"]), ("grpo_pubmedqa.py", ["--tag_weight", "-inf"]),
+    ("grpo_pubmedqa.py", ["--beta", "inf"]), ("grpo_pubmedqa.py", ["--warmup", "inf"]),
+    ("grpo_ecg.py", ["--learned_weight", "nan"]), ("grpo_ecg.py", ["--learned_weight", "-5"]),
+    ("grpo_medmcqa.py", ["--lora_alpha", "0"]), ("grpo_medmcqa.py", ["--lora_r", "0"]),
+    ("grpo_pubmedqa.py", ["--seed", "99999999999999999999"]),
+    ("grpo_pubmedqa.py", ["--max_completion_length", "99999999999999"]),
+    ("data/prepare.py", ["--limit", "-1"]), ("rewards.py", ["--learning_rate", "inf"])])
+def test_numbers_that_make_no_sense_are_refused_by_name(script, flags, tmp_path, monkeypatch, capsys):
+    """Each as the sceptic gave it; tests/test_knobs.py holds the rule for all of them."""
+    monkeypatch.chdir(tmp_path)
+    cli = evaluation.tyro.cli
+    if script == "eval.py":
+        code = scored(*flags)
+    elif script == "rewards.py":
+        code = trained("nowhere", *flags)
+    else:
+        with pytest.raises(SystemExit) as end, one_line_errors():
+            if script == "data/prepare.py":
+                prepare.main(cli(prepare.Config, args=["pubmedqa", "builtin", *flags], use_underscores=True))
+            else:
+                module = next(m for m in (grpo, grpo_medmcqa, grpo_ecg) if m.__name__ == script[:-3])
+                module.main(module.parse(["--model", "tiny", *flags]))
+        code = end.value.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith(f"error: {flags[0]} ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -390,7 +390,7 @@ def test_open_medical_questions_train(tmp_path):
     (["--task", "medical_o1"], ["no built-in items", "--task ecg"]),
     (["--reward_model", "nowhere"], ["--reward_model nowhere", "rewards.py train"]),
     (["--language_model", "no/where"], ["--language_model no/where", "--language_model ''"]),
-    (["--weights", "findings", "0"], ["--weights", "more than 0"]),
+    (["--weights", "findings", "0"], ["--weights findings 0", "at least"]),
     (["--weights", "finding", "1"], ["--weights finding", "findings, tokens"]),
     (["--weights", "fluency", "1"], ["fluency alone", "--language_model"]),
 ])
@@ -462,7 +462,7 @@ def test_climbing_the_reward_model_alone_is_warned_about_once(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [(["nowhere"], ["nowhere/train.jsonl"]), (["{empty}"], ["train.jsonl", "data.prepare"]),
-                                              (["{good}", "--base", "nowhere"], ["--base nowhere"]), (["{good}", "--num_epochs", "0"], ["more than 0"])])
+                                              (["{good}", "--base", "nowhere"], ["--base nowhere"]), (["{good}", "--num_epochs", "0"], ["--num_epochs 0", "at least 1"])])
 def test_bad_input_of_reward_training_is_one_line(arguments, words, tmp_path, capsys):
     for name, rows in (("empty", "{}\n"), ("good", "".join(json.dumps(row) + "\n" for row in ecg.load_rows("builtin", limit=20)[0]))):
         (tmp_path / name).mkdir()
