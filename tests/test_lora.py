@@ -355,7 +355,7 @@ def test_a_runs_own_evaluation_is_scored_by_its_weights(script, tmp_path, monkey
     first, last, opening, closing = rewards.TAGS[source]
     answer = "A" if script is grpo else "yes"
     text = f"{first}It is so.{last}{opening}{answer}{closing}"
-    monkeypatch.setattr(evaluation, "decode", lambda tokenizer, ids, mask: [text] * len(ids))
+    monkeypatch.setattr(evaluation, "decode", lambda tokenizer, ids, mask, stop_strings=(): [text] * len(ids))
     flags = [*QUICK, "--steps", 1, "--max_completion_length", 4, "--eval_size", 12]
     flags += ["--correct_weight", 7, "--tag_weight", 0.5]
     flags += ["--adapter", "none", "--similarity_weight", 0] if script is grpo else []
