@@ -258,7 +258,7 @@ TRIGGERS = {
               "without difficulty; without further; without any further; no further; gram negative; free of charge; absent or; or absent; no doubt",
     "end": "but; however; nevertheless; yet; though; although; still; except; aside from; apart from; other than; secondary to; due to; "
            "because; whereas; while; which; who; despite; unless; when; if; presence of; presence; indicating; suggesting; consistent with; "
-           "leading to; resulting in"}
+           "leading to; resulting in; between; involving"}
 VERBS = frozenset("is are was were has have had may can could might must shall should will would does do did show shows suggest suggests "
                   "indicate indicates".split())
 OPENERS = frozenset("a an the this these it they there in with during for at on by from as if when after before through to".split())
@@ -331,8 +331,9 @@ def statuses(sentence, usual="affirmed"):
     """Of each token of a sentence: "affirmed", "negated" or "possible", or None where it is part of a trigger."""
     found, cues = [usual] * len(sentence), cues_of(sentence)
     forward, backward = scope_ends(sentence)
+    doubled = -1
     for number, (start, end, kind) in enumerate(cues):
-        status = {"pre": "negated", "near": "negated", "post": "negated"}.get(kind, "possible")
+        status = usual if number == doubled else {"pre": "negated", "near": "negated", "post": "negated"}.get(kind, "possible")
         limit = cues[number + 1][0] if number + 1 < len(cues) else len(sentence)
         if kind == "pseudo":
             found[start:end] = [None] + ["negated"] * (end - start - 1)
@@ -341,8 +342,10 @@ def statuses(sentence, usual="affirmed"):
             while i < limit and not (i in forward or kind == "near" and sentence[i] in (",", "and", "with")):
                 found[i] = status
                 i += 1
-            if i == end and number + 1 < len(cues) and cues[number + 1][2] == "end":  # "not due to": denies the link
-                found[limit:cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
+            if i == limit < len(sentence) and all(token in FILLER for token in sentence[end:i]):
+                if cues[number + 1][2] == "end":  # "not due to": what is denied is the link
+                    found[limit:cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
+                doubled = number + 1  # "not without": affirmed
         elif kind != "end":
             i, first = start - 1, cues[number - 1][1] if number else 0
             while i >= first and i not in backward:
@@ -750,12 +753,22 @@ def opposed(answer, gold):
     """How many words of the answer say the opposite of the gold answer's: beside the same neighbour ("ST depression" for "ST
     elevation"), or instead of it anywhere, or with another prefix ("irregular", "hypokalemia"), in the same status.
     """
-    beside, occurring = {}, []  # of the gold answer: {(line, side, status): neighbours}
+    sides = [{word for sentence in read(text) for word, _ in sentence if isinstance(word, str)} for text in (gold, answer)]
+    known = sides[0] | sides[1]
+    prefixed = {}
+    for word in known:
+        for prefix in PREFIXES:
+            rest = word.removeprefix(prefix)
+            if rest != word and len(rest) > 3 + (len(prefix) < 2):
+                for other in {rest, SWAPPED.get(prefix, prefix) + rest} & known - {word}:
+                    prefixed.setdefault(word, []).append((prefix + rest, -1))
+                    prefixed.setdefault(other, []).append((prefix + rest, 1))
+    beside, occurring = {}, []  # of the gold answer: {(line, side, negated): neighbours}
     counts = Counter(), Counter()
     for number, text in enumerate((gold, answer)):
         for sentence in read(text):
             for i, (word, status) in enumerate(sentence):
-                keys = [(line, side, status == "negated") for line, side in opposites().get(word, ())]
+                keys = [(line, side, status == "negated") for line, side in (*opposites().get(word, ()), *prefixed.get(word, ()))]
                 if keys:
                     counts[number].update(keys)
                     neighbours = {other for other, _ in sentence[max(0, i - 1):i + 2]} - {word}
@@ -768,15 +781,7 @@ def opposed(answer, gold):
     wanted, said = counts
     instead = max((min(count - wanted[key], wanted[key[0], -key[1], key[2]] - said[key[0], -key[1], key[2]])
                    for key, count in said.items()), default=0)
-    own, other = ({word for sentence in read(text) for word, _ in sentence if isinstance(word, str)} for text in (answer, gold))
-    prefixed = 0
-    for one, two in ((own - other, other - own), (other - own, own - other)):
-        for word in one:
-            for prefix in PREFIXES:
-                rest = word.removeprefix(prefix)
-                if rest != word and len(rest) > 3 + (len(prefix) < 2):
-                    prefixed += rest in two or one is not two and SWAPPED.get(prefix, " ") + rest in two
-    return max(there, instead, prefixed)
+    return max(there, instead)
 
 
 def numbers_changed(answer, gold, question=""):
@@ -805,8 +810,8 @@ def numbers_changed(answer, gold, question=""):
             missing[value, unit, compared] -= both
             extra[other] -= both
     units = Counter()
-    for (value, unit, compared), count in (extra - found[2]).items():
-        units[unit] += count
+    for item, count in extra.items():
+        units[item[1]] += count if item in found[0] or item not in found[2] else 0
     lost = Counter()
     for (value, unit, compared), count in missing.items():
         lost[unit] += count
@@ -975,12 +980,14 @@ def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, me
 
 
 def verdict(answer):
-    """"yes" or "no" where a free-text answer begins with it and takes neither back ("Yes and no.", "Yes. No ..."), else ""."""
-    sentences = [re.findall(r"\w+", sentence) for sentence in re.split(r"[.;!?\n]", answer.lower()[:2000])]
-    starts = {words[0] for words in sentences if words} & {"yes", "no"}
-    first = next((words for words in sentences if words), [""])
-    torn = {"yes", "no"} <= set(first) <= {"yes", "no", "and", "or"}
-    return first[0] if first[0] in ("yes", "no") and len(starts) == 1 and not torn else ""
+    """"yes" or "no" where a free-text answer begins with it and does not say the other anywhere as an answer: at the head of a
+    sentence, or before a punctuation mark, "and", "or" or the end ("Yes and no.", "Yes. No ...", "Yes, but the answer is no."); else "".
+    """
+    text = answer.lower()[:50_000]
+    first = re.match(r"\W*(yes|no)\b", text)
+    other = first and {"yes": "no", "no": "yes"}[first[1]]
+    taken_back = first and re.search(rf"(?:^|[.;!?\n])\W*{other}\b|\b{other}\s*(?:[^\w\s'’]|$|(?:and|or)\b)", text)
+    return first[1] if first and not taken_back else ""
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None, tag_weight=None,
@@ -1029,25 +1036,43 @@ def trl_reward(completions, data_source, ground_truth=(), extra=(), reward_model
 # === the trained reward model =========================================================================================
 
 
+SWAPS = dict(pair.split("/") for pair in (
+    "left/right right/left elevation/depression depression/elevation prolonged/shortened shortened/prolonged bradycardia/tachycardia "
+    "tachycardia/bradycardia increase/decrease decrease/increase increases/decreases increased/decreased decreased/increased high/low "
+    "low/high higher/lower lower/higher elevated/reduced reduced/elevated wide/narrow narrow/wide widened/narrowed long/short short/long "
+    "peaked/flat inverted/upright normal/abnormal abnormal/normal regular/irregular irregular/regular first/third anterior/posterior "
+    "inferior/superior acute/chronic chronic/acute early/late rapid/slow fast/slow slow/fast positive/negative negative/positive "
+    "hyperkalemia/hypokalemia hypokalemia/hyperkalemia atrial/ventricular ventricular/atrial more/less before/after improve/worsen").split())
+TAKEN_BACK = ("{} All of this is wrong.", "{} Disregard the above.", "{} The opposite is true.", "The following is false: {}")
+
+
 def corruptions(answer, other, generator):
     """{kind: a worse answer} made from a gold answer: another question's, a finding negated (or its negation dropped), a number
-    changed, the end cut off; kinds that would leave it as it is are missing.
+    changed, a word's antonym in its place, the end cut off, all of it taken back or ruled out, a full stop; kinds that would
+    leave it as it is are missing.
     """
     parts, number = answer.split(), [match for match in re.finditer(r"\d+(?:\.\d+)?", answer)]
-    made = {"another question's answer": other}
+    made = {"another question's answer": other, "taken back": generator.choice(TAKEN_BACK).format(answer),
+            "ruled out": f"Ruled out: {answer}", "full stop": "."}
     plain_words = [word.strip(".,;:").lower() for word in parts]
     if "no" in plain_words or "not" in plain_words:
         made["negated"] = " ".join(word for word, bare in zip(parts, plain_words) if bare not in ("no", "not"))
     elif plain_words[:1] == ["yes"]:
         made["negated"] = "No" + answer.lstrip()[3:]
     else:  # every place before a finding, or before a content word, will do
-        places = [i for i, word in enumerate(plain_words) if word in phrases()] or range(len(parts))
+        places = [i for i, word in enumerate(plain_words) if stem(word) in phrases()] or range(len(parts))
         place = generator.choice(list(places))
         made["negated"] = " ".join([*parts[:place], "no", *parts[place:]])
     if number:
         match = generator.choice(number)
         changed = float(match[0]) * generator.choice((0.5, 0.7, 1.5, 2.0, 3.0))
         made["number"] = answer[:match.start()] + f"{changed:.{len(match[0].partition('.')[2])}f}" + answer[match.end():]
+    swappable = [match for match in re.finditer(r"[A-Za-z]+", answer) if match[0].lower() in SWAPS]
+    if swappable:
+        match = generator.choice(swappable)
+        opposite = SWAPS[match[0].lower()]
+        made["antonym"] = (answer[:match.start()] + (opposite.capitalize() if match[0][0].isupper() else opposite)
+                           + answer[match.end():])
     if len(parts) > 3:
         made["truncated"] = " ".join(parts[:generator.randint(len(parts) // 4 + 1, len(parts) * 3 // 4)])
     return {kind: text for kind, text in made.items() if plain(text) != plain(answer)}
@@ -1062,7 +1087,7 @@ class Train:
     out: str = "runs/reward-model"  # folder to write
     lora_r: int = 0  # rank of a LoRA adapter (0 = train all weights)
     num_epochs: int = 1  # passes over the rows; each makes other pairs
-    batch_size: int = 16  # questions in a step; a pair of each kind for every one
+    batch_size: int = 16  # questions in a step; pairs of up to four kinds, drawn, for each
     learning_rate: float = 5e-4  # peak of AdamW's (5e-4 suits the built-in model; 1e-5 all weights of a real one, 1e-4 LoRA)
     max_length: int = 512  # tokens of question and answer
     limit: int = 0  # use only so many training rows (0 = all)
@@ -1088,11 +1113,14 @@ def refused(message):
     return 2
 
 
-def pairs_of(rows, generator):
-    """[(kind, question, gold answer, worse answer)] of prepared rows, one of each kind that can be made."""
-    others = [row["ground_truth"] for row in rows]
-    return [(kind, row["extra"]["question"], row["ground_truth"], worse) for row in rows
-            for kind, worse in corruptions(row["ground_truth"], generator.choice(others), generator).items()]
+def pairs_of(rows, generator, most=0):
+    """[(kind, question, gold answer, worse answer)] of prepared rows, one of each kind that can be made, or `most` kinds drawn."""
+    others, pairs = [row["ground_truth"] for row in rows], []
+    for row in rows:
+        made = list(corruptions(row["ground_truth"], generator.choice(others), generator).items())
+        chosen = generator.sample(made, most) if 0 < most < len(made) else made
+        pairs += [(kind, row["extra"]["question"], row["ground_truth"], worse) for kind, worse in chosen]
+    return pairs
 
 
 def train_reward_model(config):
@@ -1149,7 +1177,7 @@ def train_reward_model(config):
     for epoch in range(config.num_epochs):
         order = generator.sample(train, len(train))
         for first in range(0, len(order), config.batch_size):
-            pairs = pairs_of(order[first:first + config.batch_size], generator)
+            pairs = pairs_of(order[first:first + config.batch_size], generator, 4)
             if not pairs:
                 continue
             gold, worse = scores(pairs)
