@@ -255,7 +255,7 @@ TRIGGERS = {
                      "must be ruled out; should be ruled out; could be ruled out; can be ruled out; to be ruled out",
     "pseudo": "not only; not just; not merely; not necessarily; no increase; no change; no significant change; no definite change; "
               "no interval change; no significant interval change; no suspicious change; not certain if; not certain whether; "
-              "without difficulty; without further; without any further; no further; gram negative; free of charge; absent or; or absent; no doubt",
+              "without difficulty; without further; without any further; no further; gram negative; free of charge; no doubt",
     "end": "but; however; nevertheless; yet; though; although; still; except; aside from; apart from; other than; secondary to; due to; "
            "because; whereas; while; which; who; despite; unless; when; if; presence of; presence; indicating; suggesting; consistent with; "
            "leading to; resulting in; between; involving"}
@@ -287,6 +287,8 @@ def cues_of(sentence):
         following = sentence[i + length] if i + length < len(sentence) else ","
         if sentence[i] == "no" and not i and length == 1 and following == ",":
             kind = ""  # "No, ..." answers a question, or is all of the sentence
+        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1:i]):
+            kind = ""  # "absent or inverted P waves"
         elif sentence[i] == "absent" and length == 1 and following in (",", "and", "but", "in", "on", "with", "during"):
             kind = "post"  # "P waves absent, ..."
         if kind:
@@ -333,26 +335,26 @@ def statuses(sentence, usual="affirmed"):
     forward, backward = scope_ends(sentence)
     doubled = -1
     for number, (start, end, kind) in enumerate(cues):
-        status = usual if number == doubled else {"pre": "negated", "near": "negated", "post": "negated"}.get(kind, "possible")
         limit = cues[number + 1][0] if number + 1 < len(cues) else len(sentence)
         if kind == "pseudo":
             found[start:end] = [None] + ["negated"] * (end - start - 1)
-        elif kind in ("pre", "near", "possible"):
-            i = end
-            while i < limit and not (i in forward or kind == "near" and sentence[i] in (",", "and", "with")):
-                found[i] = status
+        elif kind != "end":
+            found[start:end] = [None] * (end - start)
+            status = usual if number == doubled else "possible" if kind.startswith("possible") else "negated"
+            i, said = start - 1, False
+            while "post" in kind and i >= (cues[number - 1][1] if number else 0) and i not in backward:
+                found[i], said = status, said or sentence[i] not in FILLER
+                i -= 1
+            i, behind = end, said
+            while not behind and i < limit and i not in forward and not (
+                    kind == "near" and sentence[i] in (",", "and", "with") or said and sentence[i] in VERBS
+                    or sentence[start] == "without" and not start and sentence[i] == ","):
+                found[i], said = status, said or sentence[i] not in FILLER
                 i += 1
-            if i == limit < len(sentence) and all(token in FILLER for token in sentence[end:i]):
+            if i == limit < len(sentence) and not said:
                 if cues[number + 1][2] == "end":  # "not due to": what is denied is the link
                     found[limit:cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
                 doubled = number + 1  # "not without": affirmed
-        elif kind != "end":
-            i, first = start - 1, cues[number - 1][1] if number else 0
-            while i >= first and i not in backward:
-                found[i] = status
-                i -= 1
-        if kind not in ("pseudo", "end"):
-            found[start:end] = [None] * (end - start)
     return found
 
 
@@ -378,7 +380,7 @@ FINDINGS = {
                               "wenckebach",
     "complete heart block": "complete heart block; complete av block; third degree av block; 3rd degree av block; third degree heart block; "
                             "complete atrioventricular block",
-    "short pr interval": "short pr interval; short pr; shortened pr interval",
+    "short pr interval": "short pr; shortened pr; pr short; pr shorten",
     "pre-excitation": "pre excitation; preexcitation; delta wave; wolff parkinson white; wpw",
     "right bundle branch block": "right bundle branch block; rbbb; right bundle block",
     "left bundle branch block": "left bundle branch block; lbbb; left bundle block",
@@ -388,11 +390,13 @@ FINDINGS = {
     "prolonged qt interval": "prolonged qt interval; prolonged qt; prolonged qtc interval; prolonged qtc; qt prolongation; qtc prolongation; "
                              "qt interval prolongation; qtc interval prolongation; long qt; long qtc; long qt interval; qt interval is prolonged; "
                              "qtc is prolonged; qtc is long; qt is prolonged; qt is long",
-    "short qt interval": "short qt interval; short qt; shortened qt interval; short qtc",
+    "short qt interval": "short qt; shortened qt; short qtc; shortened qtc; qt short; qtc short; qt shorten; qtc shorten",
     "left axis deviation": "left axis deviation; left axis; leftward axis; axis to the left; axis deviation to the left",
     "right axis deviation": "right axis deviation; right axis; rightward axis; axis to the right; axis deviation to the right",
     "st elevation": "st elevation; st segment elevation; elevation of the st segment; elevated st segment; elevated st; raised st segment; raised st; "
-                    "st is elevated; st segment is elevated; st segment are elevated; stemi",
+                    "st is elevated; st segment is elevated; st segment are elevated",
+    "stemi": "stemi; st elevation myocardial infarction; st elevation mi",
+    "nstemi": "nstemi; nonst elevation myocardial infarction; nonst elevation mi",
     "st depression": "st depression; st segment depression; depression of the st segment; depressed st segment; depressed st; st is depressed; "
                      "st segment is depressed; st segment are depressed",
     "t wave inversion": "t wave inversion; inverted t wave; t inversion; inversion of the t wave; negative t wave; inverted t; t wave is inverted; "
@@ -407,7 +411,7 @@ FINDINGS = {
     "left atrial enlargement": "left atrial enlargement; p mitrale",
     "right atrial enlargement": "right atrial enlargement; p pulmonale",
     "electrical alternans": "electrical alternans",
-    "myocardial infarction": "myocardial infarction; heart attack",
+    "myocardial infarction": "myocardial infarction; heart attack; mi",
     "ischaemia": "ischemia; ischaemia; ischemic; ischaemic",
     "pericarditis": "pericarditis", "hyperkalaemia": "hyperkalemia; hyperkalaemia; high potassium",
     "hypokalaemia": "hypokalemia; hypokalaemia; low potassium",
@@ -713,14 +717,15 @@ hot warm | cold"""
 PREFIXES = ("non", "un", "in", "im", "ir", "ab", "a", "dis", "de", "hyper", "hypo", "tachy", "brady")
 SWAPPED = {"hyper": "hypo", "hypo": "hyper", "tachy": "brady", "brady": "tachy"}
 FALSE = frozenset("wrong false incorrect untrue mistaken inaccurate opposite reverse contrary inverse nonsense disregard ignore forget retract "
-                  "withdraw invalid lie lying lied error erroneous fabricated fiction joke joking kidding rubbish".split())
-TRUE = frozenset("true correct right accurate valid so case holds applies hold apply happens".split())
+                  "withdraw invalid lie lying lied error erroneous fabricated fiction joke joking kidding rubbish scratch strike "
+                  "reject".split())
+TRUE = frozenset("true correct right accurate valid so case holds applies hold apply happens really believe trust".split())
 DENY = frozenset("not none nothing neither never no".split())
 REFER = frozenset("this that these those it above all everything answer answers statement statements claim claims said wrote told previous "
                   "preceding foregoing former following which what i my mine me you please text sentence sentences information of is are was were "
                   "be the a an in fact actually just take back everything anything entire whole entirely completely totally both just "
                   "about every each word written stated here before earlier and or but do does did has have been must should can actual "
-                  "reality truth quite simply instead however".split())
+                  "reality truth quite simply instead however s any".split())
 
 
 @functools.cache
@@ -741,7 +746,7 @@ def retractions(text):
     count = 0
     for clause in re.split(r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b", text[:50_000].lower().replace("n't", " not")):
         own = re.findall(r"[^\W\d_]+", clause)
-        false = [word for word in own if word in FALSE]
+        false = [word for word in own if word in FALSE] or {"take", "back"} <= set(own)
         denied = [word for word in own if word in DENY]
         true = [word for word in own if word in TRUE]
         rest = [word for word in own if word not in FALSE and word not in DENY and word not in TRUE and word not in REFER]
@@ -825,16 +830,14 @@ def contradictions(answer, gold, question=""):
     both ways can't be contradicted.
     """
     found, pairs = key_findings(gold), {}
-    for sentence in read(gold):
-        for (a, one), (b, two) in zip(sentence, sentence[1:]):
+    for said in said_in(gold):
+        for (a, one), (b, two) in zip(said, said[1:] or said):  # a single word: beside itself
             pairs.setdefault((a, b), set()).add((one == "negated", two == "negated"))
     turned = 0
-    for sentence, said in zip(read(answer), said_in(answer)):
+    for said in said_in(answer):
         turned += (any({status, found.get(item)} == {"affirmed", "negated"} for item, status in said)
                    or any((one == "negated", two == "negated") not in pairs.get((a, b), [(one == "negated", two == "negated")])
-                          for (a, one), (b, two) in zip(sentence, sentence[1:]))
-                   or len(sentence) == 1 == len(read(gold)) == len(read(gold)[0]) and sentence[0] != read(gold)[0][0]
-                   and sentence[0][0] == read(gold)[0][0][0])
+                          for (a, one), (b, two) in zip(said, said[1:] or said)))
     return turned + opposed(answer, gold) + numbers_changed(answer, gold, question)
 
 
@@ -931,6 +934,9 @@ def asked(question, answer):
 # Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their weight to the others.
 WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
            "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
+# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can reach it. On the
+# real rows of tests/README.md, 0.76 of the second answers to a question do, and 0.4% of wrong ones.
+ENOUGH = 0.5
 METHOD = {"ecg_expert_qa": "hybrid", "medical_o1": "reasoning"}  # the usual mix of a data source
 
 
@@ -944,7 +950,9 @@ def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, me
     words, and fluency and learned are left out.
     Returns a dict each: score, -1 to 1: the weighted mean of the parts, or -1 where there is no answer in the one answer
     block; rule, the same without the reward model; the parts, unweighted, 0 to 1; accuracy (1.0 or 0.0: the verdict of a yes/no
-    question is right, else every key finding is); format_ok; answer. An answer with the wrong verdict has no content parts.
+    question is right, else every key finding is, or, where the gold answer has none, tokens is more than ENOUGH); format_ok;
+    answer. Each contradiction of the gold answer (see `contradictions`) halves findings, tokens and similarity; an answer with
+    the wrong verdict, or that takes itself back, has none of them.
     """
     tags, mix = TAGS[data_source], weights or WEIGHTS[method or METHOD[data_source]]
     answers = [answer_block(text, tags) or "" for text in solution_strs]
@@ -959,11 +967,12 @@ def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, me
         by_words = token_f1(answer, gold, question) if answer else 0.0
         by_findings = findings_f1(answer, gold, question) if answer else 0.0
         parts = {"findings": by_words if by_findings is None else by_findings, "tokens": by_words,
-                 "similarity": (similarity(answer, gold, question, encoder) if encoder else by_words) if answer else 0.0,
+                 "similarity": by_words if not encoder or not answer else float(plain(answer) == plain(gold)) or similarity(
+                     answer, gold, question, encoder),
                  "format": in_place / len(tags), "brevity": length_guard(answer, gold) if answer else 0.0}
         if fluent:
             parts["fluency"] = fluent[i]
-        wanted = (extra_infos[i] or {}).get("verdict")
+        wanted = verdict(gold) if (extra_infos[i] or {}).get("verdict") else ""
         taken_back = retractions(answer) > retractions(gold) or wanted and verdict(answer) != wanted
         kept = 0.0 if taken_back else 0.5 ** contradictions(answer, gold, question)
         parts |= {part: kept * parts[part] for part in ("findings", "tokens", "similarity")}
@@ -973,8 +982,9 @@ def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, me
         rules = {part: weight for part, weight in there.items() if part != "learned"}
         rule, score = (sum(weight * parts[part] for part, weight in own.items()) / sum(own.values()) if answer else -1.0
                        for own in (rules or there, there))
-        accuracy = verdict(answer) == wanted if wanted else parts["findings"] == 1
-        results.append({"score": max(-1.0, min(1.0, score)), "rule": max(-1.0, min(1.0, rule)), **parts, "accuracy": float(accuracy),
+        right = (kept > 0 and verdict(answer) == wanted) if wanted else parts["findings"] > ENOUGH if by_findings is None else (
+            parts["findings"] == 1)
+        results.append({"score": max(-1.0, min(1.0, score)), "rule": max(-1.0, min(1.0, rule)), **parts, "accuracy": float(right),
                         "format_ok": float(in_place == len(tags)), "answer": answer})
     return results
 
