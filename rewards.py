@@ -790,22 +790,22 @@ def opposed(answer, gold):
 
 
 def numbers_changed(answer, gold, question=""):
-    """How many numbers of the gold answer are missing while another of the same unit (of the same word, where there is none:
-    "type 2", "V2") stands in the answer that neither the gold answer nor the question has.
+    """How many numbers of the answer contradict the gold answer's: another of the same unit (or of the same word: "V2") that neither
+    the gold answer nor the question has, instead of one of the gold answer's or beside the same word as it; and bare numbers
+    ("type 2") that replace another beside the same word.
     """
-    found, places = [], []
+    found, places = [], []  # of gold answer, answer and question: numbers, and {(where, word beside, unit): numbers}
     for text in (gold, answer, question):
         own, at = Counter(), {}
         for sentence in read(text):
             for i, (word, _) in enumerate(sentence):
-                if isinstance(word, tuple):
-                    own[word] += 1
-                elif word[-1].isdigit() and word[0].isalpha():
-                    own[word, word.rstrip("0123456789"), ""] += 1
-                elif word[-1].isdigit():
-                    for step in (-1, 1):
-                        other = sentence[i + step][0] if 0 <= i + step < len(sentence) else ""
-                        at.setdefault((step, other), set()).add(word)
+                if isinstance(word, str) and not word[-1].isdigit():
+                    continue
+                item = word if isinstance(word, tuple) else (word, word.rstrip("0123456789.").lstrip("-"), "")
+                own[item] += 1
+                for step in (-1, 1):
+                    beside = sentence[i + step][0] if 0 <= i + step < len(sentence) else ""
+                    at.setdefault((step, beside, item[1]), set()).add(item)
         found.append(own)
         places.append(at)
     missing, extra = found[0] - found[1], found[1] - found[0]
@@ -814,14 +814,17 @@ def numbers_changed(answer, gold, question=""):
             both = min(missing[value, unit, compared], extra[other])
             missing[value, unit, compared] -= both
             extra[other] -= both
-    units = Counter()
+    new = {item for item, count in extra.items() if count and item not in found[0] and item not in found[2]}
+    instead, lost = Counter(), Counter()
     for item, count in extra.items():
-        units[item[1]] += count if item in found[0] or item not in found[2] else 0
-    lost = Counter()
-    for (value, unit, compared), count in missing.items():
-        lost[unit] += count
-    bare = any(own - places[0][place] and places[0][place] - own for place, own in places[1].items() if place in places[0])
-    return sum((units & lost).values()) + bare
+        instead[item[1]] += count if item in found[0] or item in new else 0
+    for item, count in missing.items():
+        lost[item[1]] += count
+    named = (instead & lost).total() - (instead & lost)[""]
+    both_ways = sum(bool(own & new) and place[2] != "" for place, own in places[1].items() if place in places[0])
+    bare = any(own - places[0][place] and places[0][place] - own for place, own in places[1].items()
+               if place in places[0] and not place[2])
+    return max(named, min(1, both_ways)) + bare
 
 
 def contradictions(answer, gold, question=""):
