@@ -228,8 +228,140 @@ def similarity(reasoning, explanation, question, encoder=""):
     return min(1.0, max(0.0, (close - start) / (1 - start))) if start < 0.9999 else 0.0
 
 
-# === free text: key findings, words, numbers ==========================================================================
-# Findings of an ECG and words for them, as stems in lower case (see `tokens`); the longest phrase counts, each place once.
+# === free text: what is said, and whether it is affirmed, negated or possible =========================================
+# NegEx (Chapman et al. 2001, doi:10.1006/jbin.2001.1029) with ConText's "possible" (Harkema et al. 2009,
+# doi:10.1016/j.jbi.2009.05.002): a trigger gives what follows it (pre) or precedes it (post) a status, up to a
+# termination (end) or the end of the sentence; a pseudo-trigger gives one to its own words alone. The longest trigger
+# counts; {be} is any form of be, {seen} any word of SEEN. To extend a table, add to its text.
+# Departures, made because these texts state knowledge where the published rules read patient notes:
+#   * "not cause", "not extend", "cause of": no pseudo-trigger or termination ("not a cause of AF" denies something);
+#   * a comma or "and" ends a scope where a new clause or phrase begins there (see `scope_ends`), not in a list;
+#   * near: adjectives and nouns ("absent P waves and ...") reach to the next comma, "and" or "with";
+#   * "may" and "can" are no uncertainty: what a disease may show is how the gold answers state a fact.
+
+BE = "is are was were be been being".split()
+SEEN = ("seen present evident found noted observed visible detected identified demonstrated suggested shown indicated recorded "
+        "apparent appreciated confirmed occur exist").split()
+TRIGGERS = {
+    "pre": "no; not; without; never; neither; nor; cannot; denies; denied; deny; denying; no evidence of; no sign of; no signs of; "
+           "without evidence of; without any evidence of; negative for; fails to show; fails to reveal; failed to show; no longer; "
+           "rules out; ruled out; ruling out; unlikely; unlikely to; {be} unlikely to; inconsistent with; false that; not true that; untrue that; "
+           "wrong that; incorrect that; not the case that; hardly; doubt",
+    "near": "absent; absence of; lack of; lacking; lacks; lacked; free of; clear of; rather than; instead of",
+    "post": "{be} absent; {be} ruled out; {be} excluded; {be} unlikely; seems unlikely; appears unlikely; not likely; {be} denied; not {seen}; "
+            "not be {seen}; not been {seen}; cannot be {seen}; no longer {seen}; {be} lacking; {be} resolved; has resolved; have resolved",
+    "possible": "possible; possibly; probable; suspected; suspicious for; suspicion of; concern for; questionable; rule out; not rule out; "
+                "cannot rule out; cannot exclude; not exclude; might be; may represent; could represent; r o",
+    "possible post": "{be} possible; {be} suspected; {be} questionable; remains possible; not ruled out; not be ruled out; not been ruled out; "
+                     "cannot be ruled out; cannot be excluded; not be excluded; not been excluded; not excluded; may be ruled out; "
+                     "must be ruled out; should be ruled out; could be ruled out; can be ruled out; to be ruled out",
+    "pseudo": "not only; not just; not merely; not necessarily; no increase; no change; no significant change; no definite change; "
+              "no interval change; no significant interval change; no suspicious change; not certain if; not certain whether; "
+              "without difficulty; without further; without any further; no further; gram negative; free of charge; no doubt",
+    "end": "but; however; nevertheless; yet; though; although; still; except; aside from; apart from; other than; secondary to; due to; "
+           "because; whereas; while; which; who; despite; unless; when; if; presence of; presence; indicating; suggesting; consistent with; "
+           "leading to; resulting in; between; involving"}
+VERBS = frozenset("is are was were has have had may can could might must shall should will would does do did show shows suggest suggests "
+                  "indicate indicates".split())
+OPENERS = frozenset("a an the this these it they there in with during for at on by from as if when after before through to".split())
+
+
+@functools.cache
+def triggers():
+    """{first word: [(words of a trigger, kind)]}, the longest first."""
+    index = {}
+    for kind, text in TRIGGERS.items():
+        for literal in text.split(";"):
+            forms = [literal]
+            for slot, words in (("{be}", BE), ("{seen}", SEEN)):
+                forms = [form.replace(slot, word) for form in forms for word in (words if slot in form else [""])]
+            for form in map(str.split, forms):
+                index.setdefault(form[0], []).append((form, kind))
+    return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
+
+
+def cues_of(sentence):
+    """[(start, end, kind)] of the triggers in the tokens of a sentence."""
+    cues, i = [], 0
+    while i < len(sentence):
+        length, kind = next(((len(form), kind) for form, kind in triggers().get(sentence[i], ())
+                             if sentence[i:i + len(form)] == form), (1, ""))
+        following = sentence[i + length] if i + length < len(sentence) else ","
+        if sentence[i] == "no" and not i and length == 1 and following == ",":
+            kind = ""  # "No, ..." answers a question, or is all of the sentence
+        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1:i]):
+            kind = ""  # "absent or inverted P waves"
+        elif sentence[i] == "absent" and length == 1 and following in (",", "and", "but", "in", "on", "with", "during"):
+            kind = "post"  # "P waves absent, ..."
+        if kind:
+            cues.append((i, i + length, kind))
+        i += length
+    return cues
+
+
+def scope_ends(sentence):
+    """(forward, backward): the places where a comma or "and" ends the scope of a trigger before it, or behind it.
+
+    Forward: at a comma or "and" before an article, preposition or pronoun ("no P waves and a wide QRS"), or before more
+    than five words (NegEx's window), or where a verb stands on both sides ("no AF is seen and the rhythm is regular").
+    Backward: at a comma unless a list ends here ("A, B and C are absent"), and at "and" behind a verb.
+    """
+    n, start = len(sentence), 0
+    verbs, joined, until = [0] * (n + 1), [0] * (n + 1), [n] * (n + 1)  # so many before i; the next comma from i
+    for i, token in enumerate(sentence):
+        verbs[i + 1], joined[i + 1] = verbs[i] + (token in VERBS), joined[i] + (token in ("and", "or", "nor"))
+    for i in range(n - 1, -1, -1):
+        until[i] = i if sentence[i] == "," else until[i + 1]
+    forward, backward = set(), set()
+    for i, token in enumerate(sentence):
+        if token not in (",", "and"):
+            continue
+        j = i + 1 + (sentence[i + 1:i + 2] == ["and"])
+        if sentence[j:j + 1] not in (["or"], ["nor"]):
+            new_clause = verbs[until[j]] > verbs[j] and (verbs[i] > 0 or sentence[0] not in ("no", "neither"))
+            if sentence[j:j + 1] and sentence[j] in OPENERS or until[j] - j > 5 or new_clause:
+                forward.add(i)
+        clause = verbs[i] > verbs[start]
+        if token == ",":
+            if i - start > 5 or clause or sentence[start] in OPENERS or joined[n] == joined[i]:
+                backward.add(i)
+            start = i + 1
+        elif clause:
+            backward.add(i)
+    return forward, backward
+
+
+def statuses(sentence, usual="affirmed"):
+    """Of each token of a sentence: "affirmed", "negated" or "possible", or None where it is part of a trigger."""
+    found, cues = [usual] * len(sentence), cues_of(sentence)
+    forward, backward = scope_ends(sentence)
+    doubled = -1
+    for number, (start, end, kind) in enumerate(cues):
+        limit = cues[number + 1][0] if number + 1 < len(cues) else len(sentence)
+        if kind == "pseudo":
+            found[start:end] = [None] + ["negated"] * (end - start - 1)
+        elif kind != "end":
+            found[start:end] = [None] * (end - start)
+            status = usual if number == doubled else "possible" if kind.startswith("possible") else "negated"
+            i, said = start - 1, False
+            while "post" in kind and i >= (cues[number - 1][1] if number else 0) and i not in backward:
+                found[i], said = status, said or sentence[i] not in FILLER
+                i -= 1
+            i, behind = end, said
+            while not behind and i < limit and i not in forward and not (
+                    kind == "near" and sentence[i] in (",", "and", "with") or said and sentence[i] in VERBS
+                    or sentence[start] == "without" and not start and sentence[i] == ","):
+                found[i], said = status, said or sentence[i] not in FILLER
+                i += 1
+            if i == limit < len(sentence) and not said:
+                if cues[number + 1][2] == "end":  # "not due to": what is denied is the link
+                    found[limit:cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
+                doubled = number + 1  # "not without": affirmed
+    return found
+
+
+# === free text: words, numbers, findings ==============================================================================
+# Findings of an ECG and words for them; the longest phrase counts, each place once, FILLER left out.
 
 FINDINGS = {
     "normal sinus rhythm": "normal sinus rhythm; regular sinus rhythm; sinus rhythm",
@@ -250,7 +382,7 @@ FINDINGS = {
                               "wenckebach",
     "complete heart block": "complete heart block; complete av block; third degree av block; 3rd degree av block; third degree heart block; "
                             "complete atrioventricular block",
-    "short pr interval": "short pr interval; short pr; shortened pr interval",
+    "short pr interval": "short pr; shortened pr; pr short; pr shorten",
     "pre-excitation": "pre excitation; preexcitation; delta wave; wolff parkinson white; wpw",
     "right bundle branch block": "right bundle branch block; rbbb; right bundle block",
     "left bundle branch block": "left bundle branch block; lbbb; left bundle block",
@@ -260,11 +392,13 @@ FINDINGS = {
     "prolonged qt interval": "prolonged qt interval; prolonged qt; prolonged qtc interval; prolonged qtc; qt prolongation; qtc prolongation; "
                              "qt interval prolongation; qtc interval prolongation; long qt; long qtc; long qt interval; qt interval is prolonged; "
                              "qtc is prolonged; qtc is long; qt is prolonged; qt is long",
-    "short qt interval": "short qt interval; short qt; shortened qt interval; short qtc",
+    "short qt interval": "short qt; shortened qt; short qtc; shortened qtc; qt short; qtc short; qt shorten; qtc shorten",
     "left axis deviation": "left axis deviation; left axis; leftward axis; axis to the left; axis deviation to the left",
     "right axis deviation": "right axis deviation; right axis; rightward axis; axis to the right; axis deviation to the right",
     "st elevation": "st elevation; st segment elevation; elevation of the st segment; elevated st segment; elevated st; raised st segment; raised st; "
-                    "st is elevated; st segment is elevated; st segment are elevated; stemi",
+                    "st is elevated; st segment is elevated; st segment are elevated",
+    "stemi": "stemi; st elevation myocardial infarction; st elevation mi",
+    "nstemi": "nstemi; nonst elevation myocardial infarction; nonst elevation mi",
     "st depression": "st depression; st segment depression; depression of the st segment; depressed st segment; depressed st; st is depressed; "
                      "st segment is depressed; st segment are depressed",
     "t wave inversion": "t wave inversion; inverted t wave; t inversion; inversion of the t wave; negative t wave; inverted t; t wave is inverted; "
@@ -279,110 +413,136 @@ FINDINGS = {
     "left atrial enlargement": "left atrial enlargement; p mitrale",
     "right atrial enlargement": "right atrial enlargement; p pulmonale",
     "electrical alternans": "electrical alternans",
-    "myocardial infarction": "myocardial infarction; heart attack",
+    "myocardial infarction": "myocardial infarction; heart attack; mi",
     "ischaemia": "ischemia; ischaemia; ischemic; ischaemic",
     "pericarditis": "pericarditis", "hyperkalaemia": "hyperkalemia; hyperkalaemia; high potassium",
     "hypokalaemia": "hypokalemia; hypokalaemia; low potassium",
     "inferior": "inferior; inferiorly; ii iii avf; ii iii and avf", "anterior": "anterior; anteriorly", "lateral": "lateral; laterally",
     "septal": "septal", "posterior": "posterior"}
-UNITS = {  # unit to (what it measures, how many of the first named one)
-    "ms": ("ms", 1), "msec": ("ms", 1), "millisecond": ("ms", 1), "s": ("ms", 1000), "sec": ("ms", 1000), "second": ("ms", 1000),
-    "min": ("ms", 60_000), "h": ("hour", 1), "hr": ("hour", 1), "hour": ("hour", 1), "day": ("hour", 24),
-    "week": ("hour", 168), "month": ("month", 1), "year": ("month", 12), "mm": ("mm", 1), "millimeter": ("mm", 1), "millimetre": ("mm", 1),
-    "cm": ("mm", 10), "mv": ("mv", 1), "millivolt": ("mv", 1), "bpm": ("bpm", 1), "beat": ("bpm", 1), "%": ("%", 1), "percent": ("%", 1),
-    "°": ("degree", 1), "degree": ("degree", 1), "deg": ("degree", 1), "mcg": ("mg", 0.001), "µg": ("mg", 0.001), "mg": ("mg", 1),
-    "g": ("mg", 1000), "gram": ("mg", 1000), "kg": ("mg", 1_000_000), "ml": ("ml", 1), "l": ("ml", 1000), "liter": ("ml", 1000),
-    "litre": ("ml", 1000), "mmhg": ("mmhg", 1), "mmol": ("mmol", 1), "meq": ("meq", 1)}
-SAME = {"<": "below", "≤": "below", "less": "below", "under": "below", ">": "above", "≥": "above", "greater": "above", "more": "above",
-        "over": "above", "exceed": "above", "exceeding": "above", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
-        "seven": "7", "eight": "8", "nine": "9", "ten": "10", "electrocardiogram": "ecg", "ekg": "ecg"}
-NEGATORS = frozenset("no not without never neither nor lack lacks lacking denies deny absence cannot non".split())
-NEGATED = frozenset("seen present evident found noted observed visible there detected".split())  # "is not seen": looks back
-CLAUSE = frozenset("but however although though whereas while except".split())  # ends a negation
+UNITS = {unit: (kind, factor) for kind, units in {  # kind: {unit: how many of the kind's own}
+    "ms": {"ms": 1, "msec": 1, "millisecond": 1, "s": 1000, "sec": 1000, "second": 1000, "min": 60_000, "minute": 60_000, "h": 3.6e6,
+           "hr": 3.6e6, "hour": 3.6e6, "day": 8.64e7, "week": 6.048e8},
+    "month": {"month": 1, "year": 12}, "mm": {"mm": 1, "millimeter": 1, "millimetre": 1, "cm": 10, "centimeter": 10, "centimetre": 10},
+    "mv": {"mv": 1, "millivolt": 1, "µv": 0.001, "microvolt": 0.001}, "bpm": {"bpm": 1}, "beat": {"beat": 1},
+    "%": {"%": 1, "percent": 1}, "degree": {"°": 1, "degree": 1, "deg": 1},
+    "mg": {"mcg": 0.001, "µg": 0.001, "ug": 0.001, "microgram": 0.001, "mg": 1, "milligram": 1, "g": 1000, "gram": 1000, "kg": 1e6,
+           "kilogram": 1e6},
+    "ml": {"ml": 1, "milliliter": 1, "millilitre": 1, "l": 1000, "liter": 1000, "litre": 1000}, "mmhg": {"mmhg": 1},
+    "mmol": {"mmol": 1}, "meq": {"meq": 1}, "hz": {"hz": 1}, "j": {"j": 1, "joule": 1}}.items() for unit, factor in units.items()}
+MEASURED = {"pr": "ms", "qrs": "ms", "qt": "ms", "qtc": "ms", "rr": "ms", "rate": "bpm", "axis": "degree", "ef": "%", "fraction": "%"}
+ABOVE = frozenset("> ≥ above over exceed exceeds exceeding beyond".split())
+BELOW = frozenset("< ≤ below under".split())
+THAN = {"more": "above", "greater": "above", "longer": "above", "higher": "above", "wider": "above", "larger": "above",
+        "less": "below", "fewer": "below", "shorter": "below", "lower": "below", "narrower": "below", "smaller": "below"}
+LINKS = frozenset("than or equal to of about approximately around a an the is was are at being".split())
+NUMBER_WORDS = {word: str(i + 1) for i, word in enumerate(
+    "one two three four five six seven eight nine ten eleven twelve".split())}
+WRITTEN = (("can't", "cannot"), ("can not", "cannot"), ("n't", " not"), ("beats per min", "bpm"), ("beats/min", "bpm"), ("bpmute", "bpm"),
+           ("per minute", "bpm"), ("/min", " bpm"), ("mm hg", "mmhg"), ("at least", "≥"), ("at most", "≤"), ("up to", "≤"), ("no more than", "≤"),
+           ("no less than", "≥"), ("e.g.", "eg"), ("i.e.", "ie"), ("vs.", "vs"), ("aemi", "emi"), ("aemor", "emor"), ("first-degree", "1st degree"),
+           ("first degree", "1st degree"), ("second-degree", "2nd degree"), ("second degree", "2nd degree"),
+           ("third-degree", "3rd degree"), ("third degree", "3rd degree"))  # in this order
+FILLER = COMMON | frozenset("interval segment complex seen present evident found noted observed visible there detected".split())
+SAME = {"invers": "invert", "widen": "wide", "broad": "wide", "broaden": "wide", "electrocardiogram": "ecg", "ekg": "ecg",
+        "lengthen": "prolong", "flatten": "flat", ">": "above", "≥": "above", "<": "below", "≤": "below"}
+NON = re.compile(r"\bnon[- ](?=[a-z])")
 TOKEN = re.compile(r"(?<![\w.])[-\u2212](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+\d*|[.;:!?,\n<>≤≥%°]")  # cannot backtrack
 
 
-def tokens(text):
-    """[(token, negated)] of a text: words without their plural s, numbers as (value, unit), units brought to one ("0.12 s" is
-    (120.0, "ms"), both numbers of "3 to 6 months" are months); punctuation and the commonest words are left out.
+@functools.lru_cache(100_000)
+def stem(word):
+    """A word in lower case without its ending (-s, -ed, -ing, -ion, -ly, ...), and one word for a few that mean the same."""
+    if word.endswith("ies") and len(word) > 5:
+        word = word[:-3] + "y"
+    for ending in ("ation", "ions", "ings", "ion", "ing", "ed", "es", "s", "ly", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 4 and not word.endswith(("us", "is", "ss")):
+            word = word[:-len(ending)]
+            break
+    word = word[:-2] if word.endswith("at") and len(word) > 5 else word  # elevat(ed), and elev(ation)
+    return SAME.get(word, word)
 
-    Negation reaches from its word to the end of the clause, over commas only in a list with "or"; "is absent", "is not
-    seen", "is not suggested" look back.
+
+def with_numbers(raw):
+    """Tokens with their numbers as (value, unit, "above", "below" or ""), units brought to one: "0.12 s" is (120.0, "ms", "").
+
+    A number counts with a unit or behind a measurement's name ("PR 240"); others stay words. Both numbers of "3 to 6
+    months" are months; "> 120 ms", "120 ms or more" and "longer than 120 ms" are above.
     """
-    text = unicodedata.normalize("NFKC", text[:50_000]).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").replace("μ", "µ").lower()
-    for written, meant in (("can't", "cannot"), ("n't", " not"), ("minute", "min"), ("beats per min", "bpm"), ("beats/min", "bpm"), ("/min", " bpm")):
-        text = text.replace(written, meant)
-    raw = TOKEN.findall(text)
-    found, sign, i = [], 1, 0
+    found, sign, i = [], "", 0
     while i < len(raw):
-        token = SAME.get(stem(raw[i]), stem(raw[i]))
+        token = raw[i]
         i += 1
         if token in "-\u2212":
-            sign = -1
-        elif token[0].isdigit():
-            head, comma, tail = token.rpartition(",")
-            token = head.replace(",", "") + ("" if len(tail) == 3 else ".") + tail if comma else token
-            try:
-                number = sign * float(token)
-            except ValueError:  # 1.2.3, or digits of another script
-                number = token
-            sign, unit = 1, UNITS.get(stem(raw[i])) if i < len(raw) else None
-            i += unit is not None
-            found.append((number, unit))
+            sign = "-"
+        elif token[0].isdigit() or token in NUMBER_WORDS:
+            head, comma, tail = NUMBER_WORDS.get(token, token).rpartition(",")
+            plain_number = sign + head.replace(",", "") + ("." if comma and len(tail) != 3 else "") + tail
+            unit = UNITS.get(raw[i], UNITS.get(raw[i].removesuffix("s"))) if i < len(raw) else None
+            found.append([plain_number, unit, token])
+            sign, i = "", i + (unit is not None)
         else:
             found.append(token)
-    for k in range(len(found) - 3, -1, -1):  # "3 to 6 months": the unit is that of both
-        if isinstance(found[k], tuple) and not found[k][1] and found[k + 1] in ("to", "or", "and") and isinstance(found[k + 2], tuple):
-            found[k] = found[k][0], found[k + 2][1]
-    for k in range(len(found) - 1):  # "60-100 bpm"
-        if isinstance(found[k], tuple) and not found[k][1] and isinstance(found[k + 1], tuple):
-            found[k] = found[k][0], found[k + 1][1]
-    found = [(round(x[0] * x[1][1], 6), x[1][0]) if isinstance(x, tuple) and x[1] and isinstance(x[0], float)
-             else (x[0], "") if isinstance(x, tuple) else x for x in found]
-    result, clause = [], []
-    for token in [*found, "."]:
-        if token in CLAUSE or isinstance(token, str) and token in ".;:!?\n":
-            result += negate(clause)
-            clause = []
-        else:
-            clause.append(token)
+    for k in range(len(found) - 2, -1, -1):  # a range: the unit is that of both
+        if isinstance(found[k], list) and not found[k][1]:
+            after = found[k + 2:k + 3] if found[k + 1] in ("to", "or", "and") else found[k + 1:k + 2]
+            if after and isinstance(after[0], list):
+                found[k][1] = after[0][1]
+    result = []
+    for k, token in enumerate(found):
+        if not isinstance(token, list):
+            result.append(token)
+            continue
+        compared, links, j = "", [], len(result) - 1
+        while j >= 0 and len(links) < 5 and (result[j] in LINKS or result[j] in ("interval", "duration")):
+            links.append(result[j])
+            j -= 1
+        if j >= 0 and (result[j] in ABOVE or result[j] in BELOW or result[j] in THAN and "than" in links):
+            compared = "above" if result[j] in ABOVE else "below" if result[j] in BELOW else THAN[result[j]]
+            del result[j:]
+            while result and result[-1] in LINKS:
+                result.pop()
+            j = len(result) - 1
+        text, unit, written = token
+        try:
+            value = float(text)
+        except ValueError:  # 1.2.3, or digits of another script
+            value = math.inf
+        if not unit and j >= 0 and result[j] in MEASURED and written[0].isdigit():
+            kind = MEASURED[result[j]]
+            unit = (kind, 1000 if kind == "ms" and abs(value) < 10 else 1)
+        if math.isinf(value) or not unit:
+            result += [compared] * (compared != "") + [written if written == "one" else text]
+            continue
+        if found[k + 1:k + 2] == ["or"] and k + 2 < len(found) and isinstance(found[k + 2], str):
+            following = THAN.get(found[k + 2]) or ("above" if found[k + 2] in ABOVE else "below" if found[k + 2] in BELOW else "")
+            if following:
+                compared, found[k + 1], found[k + 2] = following, "of", "of"
+        result.append((round(value * unit[1], 6), unit[0], compared))
     return result
 
 
-def stem(word):
-    """A word without its plural s."""
-    return word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] not in "sui" else word
-
-
-def negate(clause):
-    """[(token, negated)] of the tokens of one clause, commas, negators and the commonest words left out."""
-    parts, negated = [[]], []
-    for token in clause:
-        if token == ",":
-            parts.append([])
-        else:
-            parts[-1].append(token)
-    last = None  # the part with the last negator
-    for i, part in enumerate(parts):
-        if part[:1] in (["or"], ["nor"]) and last is not None:  # "no A, B, or C": the list is negated as a whole
-            for j in range(last + 1, i + 1):
-                parts[j] = ["no", *parts[j]]
-            last = i
-        elif any(token in NEGATORS for token in part):
-            last = i
-    for part in parts:
-        state, own = False, []
-        for k, token in enumerate(part):
-            following = part[k + 1] if k + 1 < len(part) else ""
-            passive = k and part[k - 1] in ("is", "are", "was", "were") and isinstance(following, str) and following.endswith("ed")
-            if token == "absent" or token == "not" and (following in NEGATED or passive):
-                own = [(x, True) for x, _ in own]
-            elif token in NEGATORS and following != "only":
-                state = True
-            elif token not in COMMON and token not in NEGATED:
-                own.append((token, state))
-        negated += own
-    return negated
+@functools.lru_cache(1024)
+def read(text):
+    """What a text says: of each sentence, [(word, status)]; words are stems or numbers (see `with_numbers`), without triggers and
+    FILLER. "Ruled out: ..." negates all that follows. Reads 50,000 characters, in time linear in them.
+    """
+    text = unicodedata.normalize("NFKC", text[:50_000]).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").replace("μ", "µ").lower()
+    for written, meant in WRITTEN:
+        text = text.replace(written, meant)
+    sentences, sentence, usual = [], [], "affirmed"
+    for token in [*with_numbers(TOKEN.findall(NON.sub("non", text))), "."]:
+        if not isinstance(token, str) or token not in ".;:!?\n":
+            sentence.append(token)
+            continue
+        status = statuses(sentence, usual)
+        said = [(stem(word) if isinstance(word, str) else word, how) for word, how in zip(sentence, status)
+                if how and word not in FILLER and word != ","]
+        if token == ":" and None in status and not said:
+            usual = "negated"
+        if said:
+            sentences.append(said)
+        sentence = []
+    return sentences
 
 
 @functools.cache
@@ -391,51 +551,76 @@ def phrases():
     index = {}
     for finding, variants in FINDINGS.items():
         for variant in variants.split(";"):
-            spelled = tuple(token for token, _ in tokens(variant))
+            spelled = tuple(word for sentence in read(variant) for word, _ in sentence)
             index.setdefault(spelled[0], []).append((spelled, finding))
     return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
 
 
+@functools.lru_cache(1024)
 def said_in(text):
-    """`tokens` of a text, the words of each finding brought together to one (finding, "finding"), however it was worded."""
-    raw, result, i = tokens(text), [], 0
-    while i < len(raw):
-        item, negated = raw[i]
-        length = 1
-        for phrase, finding in phrases().get(item, ()):
-            if tuple(word for word, _ in raw[i:i + len(phrase)]) == phrase:
-                length, item = len(phrase), (finding, "finding")
-                negated = any(other for _, other in raw[i:i + length])
-                break
-        result.append((item, negated))
-        i += length
+    """Of each sentence of `read`: [(item, status)], the words of a finding brought together to (finding, "finding")."""
+    result = []
+    for sentence in read(text):
+        said, i = [], 0
+        while i < len(sentence):
+            item, status = sentence[i]
+            length = 1
+            for phrase, finding in phrases().get(item, ()):
+                if tuple(word for word, _ in sentence[i:i + len(phrase)]) == phrase:
+                    own = {how for _, how in sentence[i:i + len(phrase)]}
+                    length, item = len(phrase), (finding, "finding")
+                    status = "negated" if "negated" in own else "possible" if "possible" in own else "affirmed"
+                    break
+            said.append((item, status))
+            i += length
+        result.append(said)
     return result
 
 
 def key_findings(text):
-    """{(finding, "finding") or (number, unit): True, False (negated) or None (said both ways)} of a text, see FINDINGS, `tokens`."""
+    """{(finding, "finding") or (value, unit, comparison): "affirmed", "negated", "possible", or None where affirmed and negated} of a
+    text, see FINDINGS and `with_numbers`.
+    """
     found = {}
-    for item, negated in said_in(text):
-        if isinstance(item, tuple):
-            found[item] = (not negated) if found.get(item, not negated) == (not negated) else None
-    return found
+    for sentence in said_in(text):
+        for item, status in sentence:
+            if isinstance(item, tuple):
+                found.setdefault(item, set()).add(status)
+    return {item: None if {"affirmed", "negated"} <= how else next(s for s in ("affirmed", "negated", "possible") if s in how)
+            for item, how in found.items()}
 
 
 def findings_f1(answer, gold, question=""):
     """F1, 0 to 1, between the key findings of an answer and of the gold answer, or None where the gold answer has none of its own.
 
-    A finding is right if it has the gold answer's polarity; "no ST elevation" where the gold has ST elevation is a miss
-    and an error, and so is saying both. Findings that the question names in the same way count for neither side, and what
-    the gold answer does not mention may be denied. The measure is that of CheXbert's label F1 (Smit et al. 2020,
-    arXiv:2004.09167), with findings of ECGs.
+    A finding is right if it has the gold answer's status; "no ST elevation" where the gold has ST elevation is a miss and an
+    error, and so is saying both; half right is "possible" for affirmed, and a number without its comparison. Findings that
+    the question names in the same way count for neither side, and what the gold answer does not mention may be denied. The
+    measure is that of CheXbert's label F1 (Smit et al. 2020, arXiv:2004.09167), with findings of ECGs.
     """
     known = key_findings(question)
-    wanted, said = ({item: state for item, state in key_findings(text).items() if known.get(item, "") != state} for text in (gold, answer))
+    wanted, said = ({item: status for item, status in key_findings(text).items() if known.get(item, "") != status}
+                    for text in (gold, answer))
+    wanted = {item: status for item, status in wanted.items() if status}
     if not wanted:
         return None
-    right = sum(said.get(item, "") == state for item, state in wanted.items())
-    wrong = sum(state is not False if item not in wanted else state != wanted[item] for item, state in said.items())
-    return 2 * right / (right + wrong + len(wanted))
+    torn = {item for item, status in key_findings(gold).items() if not status}
+    said = {item: status for item, status in said.items() if item in wanted or status != "negated" and item not in torn}
+    right = 0.0
+    for item, status in wanted.items():
+        others = [item] if item[1] == "finding" else [(*item[:2], compared) for compared in (item[2], "above", "below", "")]
+        found = next((other for other in others if other in said and (other == item or "" in (other[2], item[2]))), None)
+        if found and said[found] == status:
+            right += 1.0 if found == item else 0.5
+        elif found == item and {said[item], status} == {"affirmed", "possible"}:
+            right += 0.5
+    return 2 * right / (len(wanted) + len(said))
+
+
+def flat(text):
+    """The items of all sentences of a text, with affirmed for possible where they are words."""
+    return [(item, status if isinstance(item, tuple) or status == "negated" else "affirmed")
+            for sentence in said_in(text) for item, status in sentence]
 
 
 def token_f1(answer, gold, question=""):
@@ -445,14 +630,14 @@ def token_f1(answer, gold, question=""):
     another word, findings and numbers count three times, and the F1 is multiplied by 0.2 + 0.8 times the share of the other words
     in common that have a neighbour in common: shuffled words say nothing.
     """
-    known = Counter(said_in(question))
-    said, wanted = ([item for item in said_in(text) if item not in known] for text in (answer, gold))
+    known = set(flat(question))
+    said, wanted = ([item for item in flat(text) if item not in known] for text in (answer, gold))
     if not wanted:  # the gold answer only repeats the question
-        return float(said_in(answer) == said_in(gold))
+        said, wanted = flat(answer), flat(gold)
     weigh = lambda counter: sum(count * (3 if isinstance(item[0], tuple) else 1) for item, count in counter.items())  # noqa: E731
     both = Counter(said) & Counter(wanted)
     if not both:
-        return 0.0
+        return float(plain(answer) == plain(gold))
     pairs = set(zip(wanted, wanted[1:]))
     linked = {item for pair in zip(said, said[1:]) if pair in pairs for item in pair}
     loose = [item for item in both if not isinstance(item[0], tuple)]
@@ -464,6 +649,201 @@ def length_guard(answer, gold):
     """1 for an answer of at most twice the gold answer's words, or 30 more; then falling, to 0 at twice that."""
     n, limit = len(answer.split()), max(2 * len(gold.split()), len(gold.split()) + 30)
     return min(1.0, max(0.0, 2 - n / limit))
+
+
+# === free text: contradictions ========================================================================================
+# Words of opposite meaning: either side of a line's "|" is the other's opposite. Inflections need no mention (see `stem`).
+
+OPPOSITES = """increase elevate rise raise high higher augment upward ascend upslope upsloping grow up | decrease reduce reduction lower low fall drop
+  decline depress diminish downward descend downslope downsloping lessen down
+upper | lower
+prolong long longer lengthen | shorten short shorter brief
+wide wider widen broad broaden | narrow narrower
+left leftward | right rightward
+fast rapid quick faster accelerate | slow slower decelerate
+early earlier before precede prior | late later after follow subsequent
+upright | invert
+positive | negative
+normal | abnormal
+anterior | posterior
+superior | inferior
+proximal | distal
+medial | lateral
+atrial atrium atria | ventricular ventricle
+systole systolic | diastole diastolic
+tachycardia | bradycardia
+tall | small short
+large big great | small little
+deep | shallow
+thick thicken | thin
+strong stronger | weak weaker
+more | less fewer
+most majority many | least minority few
+maximum maximal | minimum minimal
+always usual often frequent common commonly | never rare rarely uncommon seldom
+acute sudden abrupt | chronic gradual
+transient temporary | permanent persistent
+mild minor | severe major
+improve better benefit beneficial | worsen worse deteriorate harm harmful
+benign | malignant
+safe | dangerous unsafe
+start begin initiate | stop end cease discontinue terminate
+include | exclude
+accept allow permit | refuse forbid prohibit deny reject
+cause provoke promote trigger | prevent inhibit block
+activate | inhibit
+depolarize depolarization | repolarize repolarization
+constrict | dilate dilatation
+contract | relax
+sympathetic | parasympathetic
+artery arterial | vein venous
+primary | secondary
+male man men | female woman women
+young younger | old older elderly
+same similar identical | different distinct
+true correct right | false incorrect wrong
+above over | below under
+internal inside inner | external outside outer
+diffuse widespread global | local localize focal
+unilateral | bilateral
+simple | complex
+concave | convex
+lose loss | gain
+strengthen | weaken
+necessary required mandatory | optional unnecessary
+public | private
+first | last
+day daytime | night nighttime
+open | close
+hot warm | cold"""
+PREFIXES = ("non", "un", "in", "im", "ir", "ab", "a", "dis", "de", "hyper", "hypo", "tachy", "brady")
+SWAPPED = {"hyper": "hypo", "hypo": "hyper", "tachy": "brady", "brady": "tachy"}
+FALSE = frozenset("wrong false incorrect untrue mistaken inaccurate opposite reverse contrary inverse nonsense disregard ignore forget retract "
+                  "withdraw invalid lie lying lied error erroneous fabricated fiction joke joking kidding rubbish scratch strike "
+                  "reject".split())
+TRUE = frozenset("true correct right accurate valid so case holds applies hold apply happens really believe trust".split())
+DENY = frozenset("not none nothing neither never no".split())
+REFER = frozenset("this that these those it above all everything answer answers statement statements claim claims said wrote told previous "
+                  "preceding foregoing former following which what i my mine me you please text sentence sentences information of is are was were "
+                  "be the a an in fact actually just take back everything anything entire whole entirely completely totally both just "
+                  "about every each word written stated here before earlier and or but do does did has have been must should can actual "
+                  "reality truth quite simply instead however s any".split())
+
+
+@functools.cache
+def opposites():
+    """{stem: [(line of OPPOSITES, side, 1 or -1)]}."""
+    index = {}
+    for line, text in enumerate(OPPOSITES.replace("\n  ", " ").split("\n")):
+        for side, words_of in zip((1, -1), text.split("|")):
+            for word in dict.fromkeys(map(stem, words_of.split())):
+                index.setdefault(word, []).append((line, side))
+    return index
+
+
+def retractions(text):
+    """How many clauses of a text do nothing but call it false ("All of this is wrong.", "Disregard the above", "The opposite is
+    true"): of words that point at the answer, deny or call false; one other word may be among them.
+    """
+    count = 0
+    for clause in re.split(r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b", text[:50_000].lower().replace("n't", " not")):
+        own = re.findall(r"[^\W\d_]+", clause)
+        false = [word for word in own if word in FALSE] or {"take", "back"} <= set(own)
+        denied = [word for word in own if word in DENY]
+        true = [word for word in own if word in TRUE]
+        rest = [word for word in own if word not in FALSE and word not in DENY and word not in TRUE and word not in REFER]
+        count += (bool(false) and not denied or bool(denied and true)) and len(rest) <= (len(own) > 3)
+    return count
+
+
+def opposed(answer, gold):
+    """How many words of the answer say the opposite of the gold answer's: beside the same neighbour ("ST depression" for "ST
+    elevation"), or instead of it anywhere, or with another prefix ("irregular", "hypokalemia"), in the same status.
+    """
+    sides = [{word for sentence in read(text) for word, _ in sentence if isinstance(word, str)} for text in (gold, answer)]
+    known = sides[0] | sides[1]
+    prefixed = {}
+    for word in known:
+        for prefix in PREFIXES:
+            rest = word.removeprefix(prefix)
+            if rest != word and len(rest) > 3 + (len(prefix) < 2):
+                for other in {rest, SWAPPED.get(prefix, prefix) + rest} & known - {word}:
+                    prefixed.setdefault(word, []).append((prefix + rest, -1))
+                    prefixed.setdefault(other, []).append((prefix + rest, 1))
+    beside, occurring = {}, []  # of the gold answer: {(line, side, negated): neighbours}
+    counts = Counter(), Counter()
+    for number, text in enumerate((gold, answer)):
+        for sentence in read(text):
+            for i, (word, status) in enumerate(sentence):
+                keys = [(line, side, status == "negated") for line, side in (*opposites().get(word, ()), *prefixed.get(word, ()))]
+                if keys:
+                    counts[number].update(keys)
+                    neighbours = {other for other, _ in sentence[max(0, i - 1):i + 2]} - {word}
+                    for key in keys if number == 0 else ():
+                        beside.setdefault(key, set()).update(neighbours)
+                    if number:
+                        occurring.append((keys, neighbours))
+    there = sum(any(beside.get((line, -side, how), set()) & neighbours - beside.get((line, side, how), set())
+                    for line, side, how in keys) for keys, neighbours in occurring)
+    wanted, said = counts
+    instead = max((min(count - wanted[key], wanted[key[0], -key[1], key[2]] - said[key[0], -key[1], key[2]])
+                   for key, count in said.items()), default=0)
+    return max(there, instead)
+
+
+def numbers_changed(answer, gold, question=""):
+    """How many numbers of the answer contradict the gold answer's: another of the same unit (or of the same word: "V2") that neither
+    the gold answer nor the question has, instead of one of the gold answer's or beside the same word as it; and bare numbers
+    ("type 2") that replace another beside the same word.
+    """
+    found, places = [], []  # of gold answer, answer and question: numbers, and {(where, word beside, unit): numbers}
+    for text in (gold, answer, question):
+        own, at = Counter(), {}
+        for sentence in read(text):
+            for i, (word, _) in enumerate(sentence):
+                if isinstance(word, str) and not word[-1].isdigit():
+                    continue
+                item = word if isinstance(word, tuple) else (word, word.rstrip("0123456789.").lstrip("-"), "")
+                own[item] += 1
+                for step in (-1, 1):
+                    beside = sentence[i + step][0] if 0 <= i + step < len(sentence) else ""
+                    at.setdefault((step, beside, item[1]), set()).add(item)
+        found.append(own)
+        places.append(at)
+    missing, extra = found[0] - found[1], found[1] - found[0]
+    for value, unit, compared in list(missing):  # half said, but not changed
+        for other in ((value, unit, ""),) if compared else ((value, unit, "above"), (value, unit, "below")):
+            both = min(missing[value, unit, compared], extra[other])
+            missing[value, unit, compared] -= both
+            extra[other] -= both
+    new = {item for item, count in extra.items() if count and item not in found[0] and item not in found[2]}
+    instead, lost = Counter(), Counter()
+    for item, count in extra.items():
+        instead[item[1]] += count if item in found[0] or item in new else 0
+    for item, count in missing.items():
+        lost[item[1]] += count
+    named = (instead & lost).total() - (instead & lost)[""]
+    both_ways = sum(bool(own & new) and place[2] != "" for place, own in places[1].items() if place in places[0])
+    bare = any(own - places[0][place] and places[0][place] - own for place, own in places[1].items()
+               if place in places[0] and not place[2])
+    return max(named, min(1, both_ways)) + bare
+
+
+def contradictions(answer, gold, question=""):
+    """How often an answer says the opposite of the gold answer: sentences that negate a finding, or two neighbouring words, which the
+    gold answer affirms (or the other way round), and what `opposed` and `numbers_changed` count. What the gold answer says
+    both ways can't be contradicted.
+    """
+    found, pairs = key_findings(gold), {}
+    for said in said_in(gold):
+        for (a, one), (b, two) in zip(said, said[1:] or said):  # a single word: beside itself
+            pairs.setdefault((a, b), set()).add((one == "negated", two == "negated"))
+    turned = 0
+    for said in said_in(answer):
+        turned += (any({status, found.get(item)} == {"affirmed", "negated"} for item, status in said)
+                   or any((one == "negated", two == "negated") not in pairs.get((a, b), [(one == "negated", two == "negated")])
+                          for (a, one), (b, two) in zip(said, said[1:] or said)))
+    return turned + opposed(answer, gold) + numbers_changed(answer, gold, question)
 
 
 # === free text: fluency, and a trained reward model ===================================================================
@@ -559,6 +939,9 @@ def asked(question, answer):
 # Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their weight to the others.
 WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
            "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
+# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can reach it. On the
+# real rows of tests/README.md, 0.76 of the second answers to a question do, and 0.4% of wrong ones.
+ENOUGH = 0.5
 METHOD = {"ecg_expert_qa": "hybrid", "medical_o1": "reasoning"}  # the usual mix of a data source
 
 
@@ -572,7 +955,9 @@ def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, me
     words, and fluency and learned are left out.
     Returns a dict each: score, -1 to 1: the weighted mean of the parts, or -1 where there is no answer in the one answer
     block; rule, the same without the reward model; the parts, unweighted, 0 to 1; accuracy (1.0 or 0.0: the verdict of a yes/no
-    question is right, else every key finding is); format_ok; answer. An answer with the wrong verdict has no content parts.
+    question is right, else every key finding is, or, where the gold answer has none, tokens is more than ENOUGH); format_ok;
+    answer. Each contradiction of the gold answer (see `contradictions`) halves findings, tokens and similarity; an answer with
+    the wrong verdict, or that takes itself back, has none of them.
     """
     tags, mix = TAGS[data_source], weights or WEIGHTS[method or METHOD[data_source]]
     answers = [answer_block(text, tags) or "" for text in solution_strs]
@@ -587,32 +972,37 @@ def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, me
         by_words = token_f1(answer, gold, question) if answer else 0.0
         by_findings = findings_f1(answer, gold, question) if answer else 0.0
         parts = {"findings": by_words if by_findings is None else by_findings, "tokens": by_words,
-                 "similarity": (similarity(answer, gold, question, encoder) if encoder else by_words) if answer else 0.0,
+                 "similarity": by_words if not encoder or not answer else float(plain(answer) == plain(gold)) or similarity(
+                     answer, gold, question, encoder),
                  "format": in_place / len(tags), "brevity": length_guard(answer, gold) if answer else 0.0}
         if fluent:
             parts["fluency"] = fluent[i]
-        wanted = (extra_infos[i] or {}).get("verdict")
-        if wanted and verdict(answer) != wanted:
-            parts |= dict.fromkeys(("findings", "tokens", "similarity"), 0.0)
+        wanted = verdict(gold) if (extra_infos[i] or {}).get("verdict") else ""
+        taken_back = retractions(answer) > retractions(gold) or wanted and verdict(answer) != wanted
+        kept = 0.0 if taken_back else 0.5 ** contradictions(answer, gold, question)
+        parts |= {part: kept * parts[part] for part in ("findings", "tokens", "similarity")}
         if learned:
             parts["learned"] = learned[i] if answer else 0.0
         there = {part: weight for part, weight in mix.items() if part in parts}
         rules = {part: weight for part, weight in there.items() if part != "learned"}
         rule, score = (sum(weight * parts[part] for part, weight in own.items()) / sum(own.values()) if answer else -1.0
                        for own in (rules or there, there))
-        accuracy = verdict(answer) == wanted if wanted else parts["findings"] == 1
-        results.append({"score": max(-1.0, min(1.0, score)), "rule": max(-1.0, min(1.0, rule)), **parts, "accuracy": float(accuracy),
+        right = (kept > 0 and verdict(answer) == wanted) if wanted else parts["findings"] > ENOUGH if by_findings is None else (
+            parts["findings"] == 1)
+        results.append({"score": max(-1.0, min(1.0, score)), "rule": max(-1.0, min(1.0, rule)), **parts, "accuracy": float(right),
                         "format_ok": float(in_place == len(tags)), "answer": answer})
     return results
 
 
 def verdict(answer):
-    """"yes" or "no" where a free-text answer begins with it and takes neither back ("Yes and no.", "Yes. No ..."), else ""."""
-    sentences = [re.findall(r"\w+", sentence) for sentence in re.split(r"[.;!?\n]", answer.lower()[:2000])]
-    starts = {words[0] for words in sentences if words} & {"yes", "no"}
-    first = next((words for words in sentences if words), [""])
-    torn = {"yes", "no"} <= set(first) <= {"yes", "no", "and", "or"}
-    return first[0] if first[0] in ("yes", "no") and len(starts) == 1 and not torn else ""
+    """"yes" or "no" where a free-text answer begins with it and does not say the other anywhere as an answer: at the head of a
+    sentence, or before a punctuation mark, "and", "or" or the end ("Yes and no.", "Yes. No ...", "Yes, but the answer is no."); else "".
+    """
+    text = answer.lower()[:50_000]
+    first = re.match(r"\W*(yes|no)\b", text)
+    other = first and {"yes": "no", "no": "yes"}[first[1]]
+    taken_back = first and re.search(rf"(?:^|[.;!?\n])\W*{other}\b|\b{other}\s*(?:[^\w\s'’]|$|(?:and|or)\b)", text)
+    return first[1] if first and not taken_back else ""
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None, tag_weight=None,
@@ -664,25 +1054,43 @@ def trl_reward(completions, data_source, ground_truth=(), extra=(), reward_model
 # === the trained reward model =========================================================================================
 
 
+SWAPS = dict(pair.split("/") for pair in (
+    "left/right right/left elevation/depression depression/elevation prolonged/shortened shortened/prolonged bradycardia/tachycardia "
+    "tachycardia/bradycardia increase/decrease decrease/increase increases/decreases increased/decreased decreased/increased high/low "
+    "low/high higher/lower lower/higher elevated/reduced reduced/elevated wide/narrow narrow/wide widened/narrowed long/short short/long "
+    "peaked/flat inverted/upright normal/abnormal abnormal/normal regular/irregular irregular/regular first/third anterior/posterior "
+    "inferior/superior acute/chronic chronic/acute early/late rapid/slow fast/slow slow/fast positive/negative negative/positive "
+    "hyperkalemia/hypokalemia hypokalemia/hyperkalemia atrial/ventricular ventricular/atrial more/less before/after improve/worsen").split())
+TAKEN_BACK = ("{} All of this is wrong.", "{} Disregard the above.", "{} The opposite is true.", "The following is false: {}")
+
+
 def corruptions(answer, other, generator):
     """{kind: a worse answer} made from a gold answer: another question's, a finding negated (or its negation dropped), a number
-    changed, the end cut off; kinds that would leave it as it is are missing.
+    changed, a word's antonym in its place, the end cut off, all of it taken back or ruled out, a full stop; kinds that would
+    leave it as it is are missing.
     """
     parts, number = answer.split(), [match for match in re.finditer(r"\d+(?:\.\d+)?", answer)]
-    made = {"another question's answer": other}
+    made = {"another question's answer": other, "taken back": generator.choice(TAKEN_BACK).format(answer),
+            "ruled out": f"Ruled out: {answer}", "full stop": "."}
     plain_words = [word.strip(".,;:").lower() for word in parts]
     if "no" in plain_words or "not" in plain_words:
         made["negated"] = " ".join(word for word, bare in zip(parts, plain_words) if bare not in ("no", "not"))
     elif plain_words[:1] == ["yes"]:
         made["negated"] = "No" + answer.lstrip()[3:]
     else:  # every place before a finding, or before a content word, will do
-        places = [i for i, word in enumerate(plain_words) if word in phrases()] or range(len(parts))
+        places = [i for i, word in enumerate(plain_words) if stem(word) in phrases()] or range(len(parts))
         place = generator.choice(list(places))
         made["negated"] = " ".join([*parts[:place], "no", *parts[place:]])
     if number:
         match = generator.choice(number)
         changed = float(match[0]) * generator.choice((0.5, 0.7, 1.5, 2.0, 3.0))
         made["number"] = answer[:match.start()] + f"{changed:.{len(match[0].partition('.')[2])}f}" + answer[match.end():]
+    swappable = [match for match in re.finditer(r"[A-Za-z]+", answer) if match[0].lower() in SWAPS]
+    if swappable:
+        match = generator.choice(swappable)
+        opposite = SWAPS[match[0].lower()]
+        made["antonym"] = (answer[:match.start()] + (opposite.capitalize() if match[0][0].isupper() else opposite)
+                           + answer[match.end():])
     if len(parts) > 3:
         made["truncated"] = " ".join(parts[:generator.randint(len(parts) // 4 + 1, len(parts) * 3 // 4)])
     return {kind: text for kind, text in made.items() if plain(text) != plain(answer)}
@@ -697,7 +1105,7 @@ class Train:
     out: str = "runs/reward-model"  # folder to write
     lora_r: int = 0  # rank of a LoRA adapter (0 = train all weights)
     num_epochs: int = 1  # passes over the rows; each makes other pairs
-    batch_size: int = 16  # questions in a step; a pair of each kind for every one
+    batch_size: int = 16  # questions in a step; pairs of up to four kinds, drawn, for each
     learning_rate: float = 5e-4  # peak of AdamW's (5e-4 suits the built-in model; 1e-5 all weights of a real one, 1e-4 LoRA)
     max_length: int = 512  # tokens of question and answer
     limit: int = 0  # use only so many training rows (0 = all)
@@ -741,11 +1149,14 @@ def refused(message):
     return 2
 
 
-def pairs_of(rows, generator):
-    """[(kind, question, gold answer, worse answer)] of prepared rows, one of each kind that can be made."""
-    others = [row["ground_truth"] for row in rows]
-    return [(kind, row["extra"]["question"], row["ground_truth"], worse) for row in rows
-            for kind, worse in corruptions(row["ground_truth"], generator.choice(others), generator).items()]
+def pairs_of(rows, generator, most=0):
+    """[(kind, question, gold answer, worse answer)] of prepared rows, one of each kind that can be made, or `most` kinds drawn."""
+    others, pairs = [row["ground_truth"] for row in rows], []
+    for row in rows:
+        made = list(corruptions(row["ground_truth"], generator.choice(others), generator).items())
+        chosen = generator.sample(made, most) if 0 < most < len(made) else made
+        pairs += [(kind, row["extra"]["question"], row["ground_truth"], worse) for kind, worse in chosen]
+    return pairs
 
 
 def train_reward_model(config):
@@ -824,7 +1235,7 @@ def fit_reward_model(config, model, tokenizer, train, heldout, out):
     for epoch in range(config.num_epochs):
         order = generator.sample(train, len(train))
         for first in range(0, len(order), config.batch_size):
-            pairs = pairs_of(order[first:first + config.batch_size], generator)
+            pairs = pairs_of(order[first:first + config.batch_size], generator, 4)
             if not pairs:
                 continue
             gold, worse = scores(pairs)

@@ -25,6 +25,10 @@ SYSTEM_PROMPT = """Answer the ECG question (a yes/no question with Yes or No fir
 <answer>
 ...
 </answer>"""
+ASKING = "is|are|was|were|am|do|does|did|has|have|had|can|could|will|would|shall|should|may|might|must|cannot"
+# a sentence that opens with a verb, or with a phrase of its own and a comma ("After surgery, can I ...?", not "What is ..., and is it ...?")
+YES_NO = re.compile(rf"(?:^|[.?!:;]\s)\W*(?!(?:what|which|how|why|when|where|who|whom|whose)\b)(?:[^.?!,;]*,\s*)?(?:and |or )?"
+                    rf"(?:{ASKING})(?:n['’]t)?\b", re.I)
 VARIANTS = {frozenset(fields): fields[-2:] for fields in (
     ("Q", "A"), ("Disease", "Q", "A"), ("medical_advice", "Q", "A"), ("Question", "Answer"))}  # question and answer stand last
 
@@ -148,11 +152,11 @@ def repaired(text):
 
 
 def make_row(source_id, question, answer, target_text=None, system_prompt="", extra=None):
-    """One row of the collection. An answer that begins with Yes or No gets a `verdict` in its extra. Without a reasoning, the
-    SFT target's block for it stays empty.
+    """One row of the collection. An answer that begins with Yes or No to a question that asks for it gets a `verdict` in its extra
+    ("No specific changes." answers another question). Without a reasoning, the SFT target's block for it stays empty.
     """
-    first = answer.split(maxsplit=1)[0].strip(",.;:").lower()
-    verdict = {"verdict": first} if first in ("yes", "no") else {}
+    first = answer.split(maxsplit=1)[0].strip(",.;:!").lower()
+    verdict = {"verdict": first} if first in ("yes", "no") and YES_NO.search(question) else {}
     return {"id": f"ecg_expert_qa:{source_id}", "data_source": "ecg_expert_qa",
             "prompt": [{"role": "system", "content": system_prompt or SYSTEM_PROMPT}, {"role": "user", "content": question}],
             "ground_truth": answer, "target": target_text or target("", answer),

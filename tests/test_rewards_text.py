@@ -1,5 +1,6 @@
 """Free-text rewards: right answers in other words earn more than negated, numerically wrong, shuffled, stuffed or copied ones."""
 import math
+import sys
 import time
 
 import pytest
@@ -80,13 +81,13 @@ def test_the_table_is_long_enough():
     ("60 to 100 bpm", "60-100 beats per minute", True), ("3 to 6 months", "3 months", False), ("axis -30 degrees", "axis 30 degrees", False),
     ("ST elevation is absent", "no ST elevation", True), ("without T wave inversion", "no inverted T waves", True), ("AF", "atrial fibrillation", True),
     ("no ST elevation, no AF", "no ST elevation or AF", True), ("not only AF but also LBBB", "AF and LBBB", True), ("no AF, but LBBB", "LBBB; no AF", True),
-    ("It doesn't show AF", "no AF", True), ("QTc > 450 ms", "QTc < 450 ms", True)])  # comparators are words, not findings
+    ("It doesn't show AF", "no AF", True), ("QTc > 450 ms", "QTc < 450 ms", False)])
 def test_findings(a, b, same):
     assert (rewards.key_findings(a) == rewards.key_findings(b)) == same
     assert (rewards.findings_f1(a, b) == 1) == same
 
 
-def test_comparators_are_words():
+def test_comparisons_are_part_of_a_number():
     assert rewards.token_f1("QTc > 450 ms", "QTc above 450 ms") == 1 > rewards.token_f1("QTc < 450 ms", "QTc above 450 ms")
 
 
@@ -133,6 +134,148 @@ def test_length_guard():
     gold = "word " * 40
     assert rewards.length_guard("word " * 80, gold) == 1 and rewards.length_guard("word " * 160, gold) == 0
     assert 0 < rewards.length_guard("word " * 100, gold) < 1 and rewards.length_guard("short", "gold") == 1
+
+
+# === negation: NegEx and ConText ======================================================================================
+
+
+@pytest.mark.parametrize("text, found", [
+    ("Atrial fibrillation with absent P waves.", {"atrial fibrillation": "affirmed"}),
+    ("Non-sustained ventricular tachycardia.", {"ventricular tachycardia": "affirmed"}),
+    ("Non-ST-elevation myocardial infarction.", {"nstemi": "affirmed"}),
+    ("One cannot rule out AF.", {"atrial fibrillation": "possible"}),
+    ("MI cannot be ruled out.", {"myocardial infarction": "possible"}),
+    ("Possible AF.", {"atrial fibrillation": "possible"}),
+    ("AF is unlikely.", {"atrial fibrillation": "negated"}),
+    ("AF was ruled out.", {"atrial fibrillation": "negated"}),
+    ("AF is no longer present.", {"atrial fibrillation": "negated"}),
+    ("It no longer shows ST elevation.", {"st elevation": "negated"}),
+    ("Negative for pericarditis.", {"pericarditis": "negated"}),
+    ("No AF, LBBB and ST elevation.", {"atrial fibrillation": "negated", "left bundle branch block": "negated", "st elevation": "negated"}),
+    ("Neither AF nor LBBB is seen.", {"atrial fibrillation": "negated", "left bundle branch block": "negated"}),
+    ("No AF, but LBBB.", {"atrial fibrillation": "negated", "left bundle branch block": "affirmed"}),
+    ("Not only AF but also LBBB.", {"atrial fibrillation": "affirmed", "left bundle branch block": "affirmed"}),
+    ("No AF is seen and the rhythm is atrial flutter.", {"atrial fibrillation": "negated", "atrial flutter": "affirmed"}),
+    ("No P waves and an irregularly irregular rhythm.", {"atrial fibrillation": "affirmed"}),
+    ("In the absence of ischemia, ST elevation suggests pericarditis.",
+     {"ischaemia": "negated", "st elevation": "affirmed", "pericarditis": "affirmed"}),
+    ("Without treatment, AF persists.", {"atrial fibrillation": "affirmed"}),
+    ("No increase in ST elevation.", {"st elevation": "affirmed"}),
+    ("Ruled out: AF. LBBB.", {"atrial fibrillation": "negated", "left bundle branch block": "negated"}),
+    ("No, AF is present.", {"atrial fibrillation": "affirmed"}),
+    ("It is not without AF.", {"atrial fibrillation": "affirmed"}),
+    ("AF. No AF.", {"atrial fibrillation": None}),
+])
+def test_negation_of_findings(text, found):
+    assert {item[0]: status for item, status in rewards.key_findings(text).items()} == found
+
+
+# === numbers ==========================================================================================================
+
+
+@pytest.mark.parametrize("text, found", [
+    ("One of the leads of a 12-lead ECG.", set()), ("Type 2 second-degree AV block.", {("second-degree av block", "finding")}),
+    ("PR 240", {(240.0, "ms", "")}), ("PR 0.24", {(240.0, "ms", "")}), ("a heart rate of 48", {(48.0, "bpm", "")}),
+    ("QTc > 450 ms", {(450.0, "ms", "above")}), ("at least 120 ms", {(120.0, "ms", "above")}), ("120 ms or more", {(120.0, "ms", "above")}),
+    ("longer than 0.12 s", {(120.0, "ms", "above")}), ("under 3 mm", {(3.0, "mm", "below")}), ("60 minutes", {(3_600_000.0, "ms", "")}),
+    ("1 hour", {(3_600_000.0, "ms", "")}), ("72 per minute", {(72.0, "bpm", "")}), ("500 micrograms", {(0.5, "mg", "")})])
+def test_numbers_count_with_a_unit_or_behind_a_measurement(text, found):
+    assert set(rewards.key_findings(text)) == found
+
+
+# === contradictions ===================================================================================================
+
+LONG = ("Hyperkalemia increases the risk of arrhythmia: peaked T waves in V2 come first, then a prolonged PR interval of more than 200 ms "
+        "and a widened QRS complex. Left bundle branch block may follow, and treatment should not wait.")
+
+
+@pytest.mark.parametrize("old, new", [
+    ("increases", "decreases"), ("Hyperkalemia", "Hypokalemia"), ("Left", "Right"), ("prolonged", "shortened"), ("widened", "narrow"),
+    ("200", "400"), ("more than", "less than"), ("V2", "V5"), ("peaked", "no peaked"), ("should not", "should"), ("may follow", "may not follow"),
+    ("prolonged PR", "normal PR")])
+def test_a_contradiction_in_a_long_answer_costs_a_clear_step(old, new):
+    assert score(LONG, "What happens?", LONG)["score"] == pytest.approx(1)
+    changed = score(LONG.replace(old, new), "What happens?", LONG)
+    if new == "normal PR":  # no contradiction by any table: a fraction only
+        assert changed["score"] < 1
+    else:
+        assert changed["score"] < 0.7 and changed["tokens"] <= 0.5
+    hedged = score(LONG + " " + LONG.replace(old, new), "What happens?", LONG)
+    assert hedged["score"] < (1 if new == "normal PR" else 0.7)  # both ways is no way out
+
+
+@pytest.mark.parametrize("text", ["{} All of this is wrong.", "{} Disregard the above.", "{} The opposite is true.", "{} None of this is correct.",
+                                  "{} That isn't true.", "{} I was lying.", "The following is false: {}", "{} I take it all back.",
+                                  "{} Just kidding!", "{} Scratch that.", "{} But everything I said is incorrect.", "{} Do not believe this."])
+def test_an_answer_that_takes_itself_back_has_no_content(text):
+    result = score(text.format(LONG), "What happens?", LONG)
+    assert result["findings"] == result["tokens"] == result["similarity"] == result["accuracy"] == 0 and result["score"] < 0.2
+
+
+def test_what_only_sounds_like_a_retraction_is_none():
+    for text in ("On the contrary, the rate is high.", "The wrong lead was used.", "Ignore isolated beats in athletes with a normal heart.",
+                 "This is not a sign of heart failure.", "A false positive is common.", "The opposite axis deviation is seen in children."):
+        assert rewards.retractions(text) == 0, text
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("NSTEMI", "Non-ST-elevation myocardial infarction"), ("60 minutes", "1 hour"), ("the QTc interval is prolonged", "prolonged QT interval"),
+    ("AF is ruled out", "no AF"), ("negative for ST elevation", "No ST elevation"), ("AF is no longer present", "no AF"),
+    ("AF with no P waves", "Atrial fibrillation with absent P waves"), ("LVH, not RVH", "left ventricular hypertrophy without right ventricular hypertrophy"),
+    ("No LBBB, AF and ST elevation", "no ST elevation; no LBBB; no AF"), ("QTc above 450 ms", "QTc > 450 ms"), ("0.5 mg", "500 micrograms"),
+    ("MI cannot be ruled out", "possible MI"), ("nonsustained VT", "non-sustained ventricular tachycardia"), ("72 per minute", "72 bpm")])
+def test_the_same_in_other_words_is_near_gold(answer, gold):
+    for one, two in ((answer, gold), (gold, answer)):
+        assert score(one, "What does it show?", two)["score"] > 0.9
+
+
+def test_accuracy_without_a_key_finding_has_a_threshold():
+    gold = "The technician explains the procedure, places electrodes on the chest and asks you to lie still."
+    right = "The technician explains the procedure, then places electrodes on the chest; you lie still."
+    assert score(right, "What happens?", gold)["accuracy"] == 1
+    for wrong in ("You lie still.", right.replace("explains", "never explains"), right + " All of this is wrong.", "It hurts."):
+        assert score(wrong, "What happens?", gold)["accuracy"] == 0
+
+
+def test_a_no_that_answers_nothing_is_no_verdict():
+    from data import ecg
+    for question, answer, wanted in (
+            ("What does the ECG show?", "No ST elevation.", None), ("Is there ST elevation?", "No ST elevation.", "no"),
+            ("After surgery, can I drive?", "No, wait.", "no"), ("What is it, and is it bad?", "No idea.", None), ("Can I?", "Yes.", "yes")):
+        assert ecg.make_row("x", question, answer)["extra"].get("verdict") == wanted
+    assert [rewards.verdict(text) for text in ("Yes, but the answer is no.", "Yes, or rather no", "No; well, yes.", "No. I mean yes!")] == [""] * 4
+    assert score("No ST elevation is what it shows.", "What does it show?", "No ST elevation.")["score"] > 0.8
+
+
+def lines_run(function, *arguments):
+    """How many lines of rewards.py a call runs: a count that no busy machine changes."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if frame.f_code.co_filename != rewards.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*arguments)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("piece", ["x absent ", "no ", "is not seen and ", "ruled out: ", "not only ", "no A, ", "2 ms ", "than 5 or ", "2 ", "v1 ",
+                                   "left right ", "hypo hyper ", "all of this is wrong. ", "no is ", "ST elevation or ", "yes no "])
+def test_time_is_linear_in_any_repetition(piece):
+    def run(size):
+        for function in (rewards.read, rewards.said_in):
+            function.cache_clear()
+        return lines_run(score, (piece * size)[:size], "Why?", "Because of ST elevation in V1, no left axis, 20 ms.")
+    run(100)  # tables
+    assert run(8000) < 5 * run(2000)
 
 
 # === models =========================================================================================================
