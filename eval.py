@@ -1271,9 +1271,9 @@ class Run:
         most, parsed = max(given, key=given.get, default=""), sum(given.values())
         if parsed >= 0.1 and given[most] > 0.95 * parsed and labels[most] < 0.9:
             warnings["labels"] = (
-                f"answers are nearly all {most!r}: {given[most] / parsed:.1%} of those that could be read in {window} "
-                f"steps, while it is right for {labels[most]:.1%} of the questions; raise --prompts_per_step or "
-                "--beta, or lower --learning_rate")
+                f"answers are nearly all {most!r}: {given[most] / parsed:.1%} of those that could be read in "
+                f"{window} steps, while it is right for {labels[most]:.1%} of the questions; raise "
+                "--prompts_per_step or --beta, or lower --learning_rate")
         for name in warnings.keys() - self.collapses:
             bar.write(f"WARNING: step {metrics['step']}: {warnings[name]}")
             self.collapses.add(name)
@@ -1379,8 +1379,8 @@ def describe_pair(paired, n):
 def rollout_metrics(groups):
     """What a rollout earned and looked like: means over its completions.
 
-    Of rows whose answer is a label also label_share_<label>, how often it was the answer (label_share_none: no
-    label could be read), and gold_share_<label>, how often it is right.
+    Of rows whose answer is a label also label_share_<label>, how often it was the answer (label_share_none:
+    no label could be read), and gold_share_<label>, how often it is right.
     """
     scores = [score for group in groups for score in group["scores"]]
     lengths = torch.cat([group["lengths"] for group in groups])

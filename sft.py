@@ -130,8 +130,8 @@ def completion_nll(model, batch, compute):
 def give_back_freed_memory():
     """Has glibc take tensors of 2 MB and more from the system, and give them back when they are freed.
 
-    Else they are cut out of its heap, whose gaps cost as much memory as checkpointing saves. A step takes a few
-    per cent more of the processor's time. Where there is no glibc nothing is done.
+    Else they are cut out of its heap, whose gaps cost as much memory as checkpointing saves. A step takes a
+    few per cent more of the processor's time. Where there is no glibc nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -244,7 +244,7 @@ def plain_logps(model, prompt_ids, completion_ids, temperature=1.0):
 
 
 def check_sampler_and_trainer(model, tokenizer, prompts, length):
-    """Greedy answers are model.generate's; sampled ones have the log-probabilities of a plain forward pass."""
+    """Greedy answers are model.generate's; log-probabilities of sampled ones are a plain forward's."""
     stops = evaluation.stop_ids(model, tokenizer)
     ids, mask, _ = evaluation.generate(model, prompts, max_new_tokens=length, stop_ids=stops, temperature=0.0)
     for prompt, own, kept in zip(prompts, ids, mask):
@@ -300,12 +300,14 @@ def test_smollm2_warm_start_grpo_resume_and_merge(real_model, real_data, tmp_pat
     rows = ["--model", real_model("smollm2"), "--data", real_data / "medmcqa_dev_2000.json", "--limit", 30,
             "--eval_size", 2]
     done = command("sft.py", "--task", "medmcqa", *rows, "--lora_r", 8, "--num_epochs", 1, "--batch_size", 4,
-                   "--gradient_accumulation_steps", 5, "--max_completion_length", 8, "--out", tmp_path / "sft")
+                   "--gradient_accumulation_steps", 5, "--max_completion_length", 8,
+                   "--out", tmp_path / "sft")
     assert done.returncode == 0, done.stderr
     assert [record["step"] for record in metrics(tmp_path / "sft")] == [1]
     grpo = [*rows, "--adapter", tmp_path / "sft" / "model", "--steps", 2, "--prompts_per_step", 1,
             "--group_size", 3, "--max_completion_length", 12, "--save_every", 1, "--resample_zero_std", 0,
-            "--no_mask_truncated", "--warmup", 0, "--similarity", "embeddings", "--encoder", real_model("minilm"), "--learning_rate", 1e-4]
+            "--no_mask_truncated", "--warmup", 0, "--similarity", "embeddings",
+            "--encoder", real_model("minilm"), "--learning_rate", 1e-4]
     usual = grpo_medmcqa.score
 
     def varied(text, *arguments):  # so early no sample earns anything, so nothing would be learned
@@ -406,6 +408,6 @@ def test_gemma3_base_without_a_template_over_its_sliding_window(real_model, real
     done = launch(grpo_medmcqa, "--model", real_model("gemma3-270m"),
                   "--data", real_data / "medmcqa_dev_2000.json", "--adapter", "none", "--limit", 40,
                   "--steps", 1, "--prompts_per_step", 1, "--group_size", 2, "--max_completion_length", 8,
-                  "--eval_size", 1, "--similarity", "overlap", "--resample_zero_std", 0, "--no_mask_truncated",
-                  "--out", tmp_path / "run")
+                  "--eval_size", 1, "--similarity", "overlap", "--resample_zero_std", 0,
+                  "--no_mask_truncated", "--out", tmp_path / "run")
     assert done == 0 and metrics(tmp_path / "run")[0]["sampler_gap"] < 1e-4
