@@ -174,7 +174,7 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
         model.to(device)
     model.eval()
     if not tokenizer.chat_template:
-        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # with BOS, without which Gemma writes nonsense
+        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # so with Gemma, which needs it
         tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
         print(f"model: {name} has no chat template: prompts are plain text ('User: ...', 'Assistant: ')")
     if tokenizer.pad_token_id is None:
@@ -1185,7 +1185,9 @@ GRPO_PANELS = [
     ("KL to the reference", "nats per token", {"KL": "kl"}),
     ("Entropy", "nats per token", {"policy": "entropy"}),
     ("Completion length", "tokens", {"mean": "completion_length"}),
-    ("Shares", "share", {"clipped tokens": "clip_fraction", "truncated": "truncated", "groups without variance": "zero_std_share"}),
+    ("Shares", "share",
+     {"clipped tokens": "clip_fraction", "truncated": "truncated",
+      "groups without variance": "zero_std_share"}),
     ("Answers", "share of the samples", {})]  # a line a label; left out where answers are free text
 MAY_CHANGE = {"resume", "out", "steps", "save_every", "eval_every", "eval_batch_size", "completions_per_forward", "wandb",
               "wandb_project"}  # on --resume
@@ -1571,9 +1573,10 @@ class Run:
         given = {label: fmean(record[f"label_share_{label}"] for record in last) for label in labels}
         most, parsed = max(given, key=given.get, default=""), sum(given.values())
         if parsed >= 0.1 and given[most] > 0.95 * parsed and labels[most] < 0.9:
-            warnings["labels"] = (f"answers are nearly all {most!r}: {given[most] / parsed:.1%} of those that could be read in {window} "
-                                  f"steps, while {labels[most]:.1%} of their questions ask for it; raise --prompts_per_step "
-                                  "or --beta, or lower --learning_rate")
+            warnings["labels"] = (
+                f"answers are nearly all {most!r}: {given[most] / parsed:.1%} of those that could be read in "
+                f"{window} steps, while it is right for {labels[most]:.1%} of the questions; raise "
+                "--prompts_per_step or --beta, or lower --learning_rate")
         self.warn_once(bar, metrics["step"], warnings)
 
     def warn_once(self, bar, step, warnings):
@@ -1595,7 +1598,8 @@ class Run:
                 points.append((step, summarize(self.read_records(name))["accuracy"]))
         for record in records if self.panels is GRPO_PANELS else ():
             record["zero_std_share"] = record["zero_std_groups"] / self.config["prompts_per_step"]
-        shares = [key for key in records[-1] if key.startswith("label_share_") and any(record.get(key) for record in records)]
+        shares = [key for key in records[-1] if key.startswith("label_share_")
+                  and any(record.get(key) for record in records)]
         panels = [panel for panel in self.panels if panel[0] != "Answers" or shares]
         lines, columns = math.ceil(len(panels) / 4), min(len(panels), 3 if len(panels) % 3 == 0 else 4)
         figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
@@ -1722,8 +1726,10 @@ def early_warnings(summary, config, task):
 
 
 def rollout_metrics(groups):
-    """What a rollout earned and looked like: means over its completions. Of rows whose answer is a label also label_share_<label>,
-    how often it was the answer (label_share_none: no label could be read), and gold_share_<label>, how often it is right.
+    """What a rollout earned and looked like: means over its completions.
+
+    Of rows whose answer is a label also label_share_<label>, how often it was the answer (label_share_none:
+    no label could be read), and gold_share_<label>, how often it is right.
     """
     scores = [score for group in groups for score in group["scores"]]
     lengths = torch.cat([group["lengths"] for group in groups])
@@ -1741,8 +1747,11 @@ def label_shares(groups):
     rows = [group["row"] for group in groups]
     labels = rewards.LABELS.get(rows[0]["data_source"], ())
     answers = [score["answer"] or "none" for group in groups for score in group["scores"]]
-    shares = {f"label_share_{label}": answers.count(label) / len(answers) for label in (*labels, "none") if labels}
-    return shares | {f"gold_share_{label}": fmean(row["ground_truth"] == label for row in rows) for label in labels}
+    if not labels:
+        return {}
+    given = {f"label_share_{label}": answers.count(label) / len(answers) for label in (*labels, "none")}
+    right = {f"gold_share_{label}": fmean(row["ground_truth"] == label for row in rows) for label in labels}
+    return given | right
 
 
 def peak_memory_gb():

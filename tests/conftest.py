@@ -115,7 +115,7 @@ def family(request):
 
 @pytest.fixture(scope="session")
 def real_model():
-    """Function from a name of tests/real_models.py to the model's folder, in GRPO_TEST_MODELS or models/; skips without."""
+    """Function from a name of tests/real_models.py to its folder in GRPO_TEST_MODELS or models/, or skips."""
     def folder(name):
         path = Path(os.environ.get("GRPO_TEST_MODELS") or ROOT / "models") / name
         if not (path / "config.json").exists():

