@@ -802,9 +802,9 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
     Prompt and answers are those of lm-evaluation-harness's task of the same name, see the dataset's
     harness_prompt (github.com/EleutherAI/lm-evaluation-harness); no chat template. As there, an answer is the
     tokens that context + answer has after those of the context, and what is longer than the model's
-    max_position_embeddings loses its beginning. rows as in evaluate. Returns a record an example: id,
-    ground_truth, subject, loglikelihoods (nats, in the order of the answers), answer (the likeliest; of equals
-    the first), accuracy.
+    max_position_embeddings loses its beginning. rows as in evaluate.
+    Returns a record an example: id, ground_truth, subject, loglikelihoods (nats, in the answers' order),
+    answer (the likeliest; of equals the first), accuracy.
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     choices = []  # the answers of each row
