@@ -4,10 +4,10 @@
     python grpo_ecg.py                     GPU: goes on with it on Llama-3.2-3B-Instruct and the built-in ECG readings
                                            no GPU: the built-in model, about 5 minutes
     python grpo_ecg.py --data PATH         ECG-Expert-QA as it was cloned, a folder or a file (it is not on the hub)
-    python grpo_ecg.py --task medical_o1 --data hub    medical-o1-reasoning-SFT, or your own question and
-    answer fields python grpo_ecg.py --reward_model DIR  adds a reward model that `python rewards.py train`
-    made python grpo_ecg.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes
-    needed) python grpo_ecg.py --help              every knob
+    python grpo_ecg.py --task medical_o1 --data hub    medical-o1-reasoning-SFT, or your own fields
+    python grpo_ecg.py --reward_model DIR  adds a reward model that `python rewards.py train` made
+    python grpo_ecg.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes needed)
+    python grpo_ecg.py --help              every knob
 
 The method is that of grpo_medmcqa.py (GRPO, Shao et al. 2024, arXiv:2402.03300, with DAPO's changes, arXiv:2503.14476; a
 LoRA adapter is trained, the reference is a second, frozen one). New is the reward: no letter tells whether free text is
