@@ -228,42 +228,60 @@ def similarity(reasoning, explanation, question, encoder=""):
     return min(1.0, max(0.0, (close - start) / (1 - start))) if start < 0.9999 else 0.0
 
 
-# === free text: what is said, and whether it is affirmed, negated or possible =========================================
+# === free text: what is said, and whether it is affirmed, negated or possible ===============================
 # NegEx (Chapman et al. 2001, doi:10.1006/jbin.2001.1029) with ConText's "possible" (Harkema et al. 2009,
-# doi:10.1016/j.jbi.2009.05.002): a trigger gives what follows it (pre) or precedes it (post) a status, up to a
-# termination (end) or the end of the sentence; a pseudo-trigger gives one to its own words alone. The longest trigger
-# counts; {be} is any form of be, {seen} any word of SEEN. To extend a table, add to its text.
+# doi:10.1016/j.jbi.2009.05.002): a trigger gives what follows it (pre) or precedes it (post) a status, up to
+# a termination (end) or the end of the sentence; a pseudo-trigger gives one to its own words alone. The
+# longest trigger counts; {be} is any form of be, {seen} any word of SEEN. To extend a table, add to its text.
 # Departures, made because these texts state knowledge where the published rules read patient notes:
-#   * "not cause", "not extend", "cause of": no pseudo-trigger or termination ("not a cause of AF" denies something);
-#   * a comma or "and" ends a scope where a new clause or phrase begins there (see `scope_ends`), not in a list;
+#   * "not cause", "not extend", "cause of" are no pseudo-trigger or termination: "not a cause of AF" denies;
+#   * a comma, an "and" or a verb ends a scope where a new clause begins there, not in a list (`scope_ends`);
 #   * near: adjectives and nouns ("absent P waves and ...") reach to the next comma, "and" or "with";
-#   * "may" and "can" are no uncertainty: what a disease may show is how the gold answers state a fact.
+#   * "may" and "can" are no uncertainty: what a disease may show is how the gold answers state a fact;
+#   * a negation of nothing but another negation affirms ("not without AF").
 
 BE = "is are was were be been being".split()
-SEEN = ("seen present evident found noted observed visible detected identified demonstrated suggested shown indicated recorded "
-        "apparent appreciated confirmed occur exist").split()
+SEEN = ("seen present evident found noted observed visible detected identified demonstrated suggested shown "
+        "indicated recorded apparent appreciated confirmed occur exist").split()
 TRIGGERS = {
-    "pre": "no; not; without; never; neither; nor; cannot; denies; denied; deny; denying; no evidence of; no sign of; no signs of; "
-           "without evidence of; without any evidence of; negative for; fails to show; fails to reveal; failed to show; no longer; "
-           "rules out; ruled out; ruling out; unlikely; unlikely to; {be} unlikely to; inconsistent with; false that; not true that; untrue that; "
-           "wrong that; incorrect that; not the case that; hardly; doubt",
-    "near": "absent; absence of; lack of; lacking; lacks; lacked; free of; clear of; rather than; instead of",
-    "post": "{be} absent; {be} ruled out; {be} excluded; {be} unlikely; seems unlikely; appears unlikely; not likely; {be} denied; not {seen}; "
-            "not be {seen}; not been {seen}; cannot be {seen}; no longer {seen}; {be} lacking; {be} resolved; has resolved; have resolved",
-    "possible": "possible; possibly; probable; suspected; suspicious for; suspicion of; concern for; questionable; rule out; not rule out; "
-                "cannot rule out; cannot exclude; not exclude; might be; may represent; could represent; r o",
-    "possible post": "{be} possible; {be} suspected; {be} questionable; remains possible; not ruled out; not be ruled out; not been ruled out; "
-                     "cannot be ruled out; cannot be excluded; not be excluded; not been excluded; not excluded; may be ruled out; "
-                     "must be ruled out; should be ruled out; could be ruled out; can be ruled out; to be ruled out",
-    "pseudo": "not only; not just; not merely; not necessarily; no increase; no change; no significant change; no definite change; "
-              "no interval change; no significant interval change; no suspicious change; not certain if; not certain whether; "
-              "without difficulty; without further; without any further; no further; gram negative; free of charge; no doubt",
-    "end": "but; however; nevertheless; yet; though; although; still; except; aside from; apart from; other than; secondary to; due to; "
-           "because; whereas; while; which; who; despite; unless; when; if; presence of; presence; indicating; suggesting; consistent with; "
-           "leading to; resulting in; between; involving"}
-VERBS = frozenset("is are was were has have had may can could might must shall should will would does do did show shows suggest suggests "
-                  "indicate indicates".split())
-OPENERS = frozenset("a an the this these it they there in with during for at on by from as if when after before through to".split())
+    "pre":
+        "no; not; without; never; neither; nor; cannot; denies; denied; deny; denying; no evidence of; no "
+        "sign of; no signs of; without evidence of; without any evidence of; negative for; fails to show; "
+        "fails to reveal; failed to show; no longer; rules out; ruled out; ruling out; unlikely; unlikely "
+        "to; {be} unlikely to; inconsistent with; false that; not true that; untrue that; wrong that; "
+        "incorrect that; not the case that; hardly; doubt",
+    "near":
+        "absent; absence of; lack of; lacking; lacks; lacked; free of; clear of; rather than; instead of",
+    "post":
+        "{be} absent; {be} ruled out; {be} excluded; {be} unlikely; seems unlikely; appears unlikely; not "
+        "likely; {be} denied; not {seen}; not be {seen}; not been {seen}; cannot be {seen}; no longer "
+        "{seen}; {be} lacking; {be} resolved; has resolved; have resolved",
+    "possible":
+        "possible; possibly; probable; suspected; suspicious for; suspicion of; concern for; questionable; "
+        "rule out; not rule out; cannot rule out; cannot exclude; not exclude; might be; may represent; "
+        "could represent; r o",
+    "possible post":
+        "{be} possible; {be} suspected; {be} questionable; remains possible; not ruled out; not be ruled "
+        "out; not been ruled out; cannot be ruled out; cannot be excluded; not be excluded; not been "
+        "excluded; not excluded; may be ruled out; must be ruled out; should be ruled out; could be ruled "
+        "out; can be ruled out; to be ruled out",
+    "pseudo":
+        "not only; not just; not merely; not necessarily; no increase; no change; no significant change; no "
+        "definite change; no interval change; no significant interval change; no suspicious change; not "
+        "certain if; not certain whether; without difficulty; without further; without any further; no "
+        "further; gram negative; free of charge; no doubt",
+    "end":
+        "but; however; nevertheless; yet; though; although; still; except; aside from; apart from; other "
+        "than; secondary to; due to; because; whereas; while; which; who; despite; unless; when; if; "
+        "presence of; presence; indicating; suggesting; consistent with; leading to; resulting in; between; "
+        "involving; seen in; found in; observed in"}
+VERBS = frozenset(
+    ("is are was were has have had may can could might must shall should will would does do did show shows "
+     "suggest suggests indicate indicates presents reflects reveals demonstrates occurs remains represents "
+     "appears persists requires").split())
+OPENERS = frozenset(
+    ("a an the this these it they there in with during for at on by from as if when after before through "
+     "to").split())
 
 
 @functools.cache
@@ -274,7 +292,9 @@ def triggers():
         for literal in text.split(";"):
             forms = [literal]
             for slot, words in (("{be}", BE), ("{seen}", SEEN)):
-                forms = [form.replace(slot, word) for form in forms for word in (words if slot in form else [""])]
+                forms = [
+                    form.replace(slot, word) for form in forms for word in (words if slot in form else [""])
+                ]
             for form in map(str.split, forms):
                 index.setdefault(form[0], []).append((form, kind))
     return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
@@ -284,14 +304,24 @@ def cues_of(sentence):
     """[(start, end, kind)] of the triggers in the tokens of a sentence."""
     cues, i = [], 0
     while i < len(sentence):
-        length, kind = next(((len(form), kind) for form, kind in triggers().get(sentence[i], ())
-                             if sentence[i:i + len(form)] == form), (1, ""))
+        length, kind = next(
+            (
+                (len(form), kind)
+                for form, kind in triggers().get(sentence[i], ())
+                if sentence[i : i + len(form)] == form
+            ),
+            (1, ""),
+        )
         following = sentence[i + length] if i + length < len(sentence) else ","
         if sentence[i] == "no" and not i and length == 1 and following == ",":
             kind = ""  # "No, ..." answers a question, or is all of the sentence
-        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1:i]):
+        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1 : i]):
             kind = ""  # "absent or inverted P waves"
-        elif sentence[i] == "absent" and length == 1 and following in (",", "and", "but", "in", "on", "with", "during"):
+        elif (
+            sentence[i] == "absent"
+            and length == 1
+            and following in (",", "and", "but", "in", "on", "with", "during")
+        ):
             kind = "post"  # "P waves absent, ..."
         if kind:
             cues.append((i, i + length, kind))
@@ -300,14 +330,20 @@ def cues_of(sentence):
 
 
 def scope_ends(sentence):
-    """(forward, backward): the places where a comma or "and" ends the scope of a trigger before it, or behind it.
+    """(forward, backward): the places where a comma or "and" ends the scope of a trigger before it, or behind
+    it.
 
-    Forward: at a comma or "and" before an article, preposition or pronoun ("no P waves and a wide QRS"), or before more
-    than five words (NegEx's window), or where a verb stands on both sides ("no AF is seen and the rhythm is regular").
-    Backward: at a comma unless a list ends here ("A, B and C are absent"), and at "and" behind a verb.
+    Forward: at a comma or "and" before an article, preposition or pronoun ("no P waves and a wide QRS"), or
+    before more than five words (NegEx's window), or where a verb stands on both sides ("no AF is seen and
+    the rhythm is regular"). Backward: at a comma unless a list ends here ("A, B and C are absent"), and at
+    "and" behind a verb.
     """
     n, start = len(sentence), 0
-    verbs, joined, until = [0] * (n + 1), [0] * (n + 1), [n] * (n + 1)  # so many before i; the next comma from i
+    verbs, joined, until = (
+        [0] * (n + 1),
+        [0] * (n + 1),
+        [n] * (n + 1),
+    )  # so many before i; the next comma from i
     for i, token in enumerate(sentence):
         verbs[i + 1], joined[i + 1] = verbs[i] + (token in VERBS), joined[i] + (token in ("and", "or", "nor"))
     for i in range(n - 1, -1, -1):
@@ -316,10 +352,10 @@ def scope_ends(sentence):
     for i, token in enumerate(sentence):
         if token not in (",", "and"):
             continue
-        j = i + 1 + (sentence[i + 1:i + 2] == ["and"])
-        if sentence[j:j + 1] not in (["or"], ["nor"]):
+        j = i + 1 + (sentence[i + 1 : i + 2] == ["and"])
+        if sentence[j : j + 1] not in (["or"], ["nor"]):
             new_clause = verbs[until[j]] > verbs[j] and (verbs[i] > 0 or sentence[0] not in ("no", "neither"))
-            if sentence[j:j + 1] and sentence[j] in OPENERS or until[j] - j > 5 or new_clause:
+            if sentence[j : j + 1] and sentence[j] in OPENERS or until[j] - j > 5 or new_clause:
                 forward.add(i)
         clause = verbs[i] > verbs[start]
         if token == ",":
@@ -332,7 +368,7 @@ def scope_ends(sentence):
 
 
 def statuses(sentence, usual="affirmed"):
-    """Of each token of a sentence: "affirmed", "negated" or "possible", or None where it is part of a trigger."""
+    """Of each token of a sentence: "affirmed", "negated" or "possible"; None where it is part of a trigger."""
     found, cues = [usual] * len(sentence), cues_of(sentence)
     forward, backward = scope_ends(sentence)
     doubled = -1
@@ -342,25 +378,49 @@ def statuses(sentence, usual="affirmed"):
             found[start:end] = [None] + ["negated"] * (end - start - 1)
         elif kind != "end":
             found[start:end] = [None] * (end - start)
-            status = usual if number == doubled else "possible" if kind.startswith("possible") else "negated"
+            inside = (
+                number
+                and kind in ("pre", "near")
+                and found[start - 1] == "negated" != usual
+                and sentence[start - 1] not in (",", "and", "or")
+                and sentence[start] not in ("nor", sentence[cues[number - 1][0]])
+            )  # "not caused by an absence of"
+            status = (
+                usual
+                if inside or number == doubled
+                else "possible"
+                if kind.startswith("possible")
+                else "negated"
+            )
             i, said = start - 1, False
             while "post" in kind and i >= (cues[number - 1][1] if number else 0) and i not in backward:
                 found[i], said = status, said or sentence[i] not in FILLER
                 i -= 1
             i, behind = end, said
-            while not behind and i < limit and i not in forward and not (
-                    kind == "near" and sentence[i] in (",", "and", "with") or said and sentence[i] in VERBS
-                    or sentence[start] == "without" and not start and sentence[i] == ","):
+            while (
+                not behind
+                and i < limit
+                and i not in forward
+                and not (
+                    kind == "near"
+                    and sentence[i] in (",", "and", "with")
+                    or said
+                    and sentence[i] in VERBS
+                    or sentence[start] == "without"
+                    and not start
+                    and sentence[i] == ","
+                )
+            ):
                 found[i], said = status, said or sentence[i] not in FILLER
                 i += 1
             if i == limit < len(sentence) and not said:
                 if cues[number + 1][2] == "end":  # "not due to": what is denied is the link
-                    found[limit:cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
+                    found[limit : cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
                 doubled = number + 1  # "not without": affirmed
     return found
 
 
-# === free text: words, numbers, findings ==============================================================================
+# === free text: words, numbers, findings ====================================================================
 # Findings of an ECG and words for them; the longest phrase counts, each place once, FILLER left out.
 
 FINDINGS = {
@@ -373,39 +433,46 @@ FINDINGS = {
     "supraventricular tachycardia": "supraventricular tachycardia; svt; psvt",
     "ventricular tachycardia": "ventricular tachycardia; vt",
     "ventricular fibrillation": "ventricular fibrillation; vf; vfib",
-    "premature ventricular beats": "premature ventricular contraction; premature ventricular complex; premature ventricular beat; ventricular ectopy; "
-                                   "ventricular ectopic; pvc",
-    "premature atrial beats": "premature atrial contraction; premature atrial complex; premature atrial beat; atrial ectopy; pac",
-    "first-degree av block": "first degree av block; 1st degree av block; first degree atrioventricular block; first degree heart block; "
-                             "prolonged pr interval; prolonged pr; pr prolongation; pr interval prolongation; long pr interval; long pr",
-    "second-degree av block": "second degree av block; 2nd degree av block; second degree atrioventricular block; second degree heart block; mobitz; "
-                              "wenckebach",
-    "complete heart block": "complete heart block; complete av block; third degree av block; 3rd degree av block; third degree heart block; "
-                            "complete atrioventricular block",
+    "premature ventricular beats":
+        "premature ventricular contraction; premature ventricular complex; premature ventricular beat; "
+        "ventricular ectopy; ventricular ectopic; pvc",
+    "premature atrial beats":
+        "premature atrial contraction; premature atrial complex; premature atrial beat; atrial ectopy; "
+        "pac",
+    "first-degree av block":
+        "first degree av block; first degree atrioventricular block; first degree heart block; prolonged "
+        "pr interval; pr prolongation; long pr interval",
+    "second-degree av block":
+        "second degree av block; second degree atrioventricular block; second degree heart block; mobitz; "
+        "wenckebach",
+    "complete heart block":
+        "complete heart block; complete av block; third degree av block; third degree heart block; "
+        "complete atrioventricular block",
     "short pr interval": "short pr; shortened pr; pr short; pr shorten",
     "pre-excitation": "pre excitation; preexcitation; delta wave; wolff parkinson white; wpw",
     "right bundle branch block": "right bundle branch block; rbbb; right bundle block",
     "left bundle branch block": "left bundle branch block; lbbb; left bundle block",
     "left anterior fascicular block": "left anterior fascicular block; left anterior hemiblock; lafb",
-    "wide qrs": "wide qrs; widened qrs; broad qrs; qrs widening; prolonged qrs; qrs prolongation; wide qrs complex; widened qrs complex; broad qrs complex",
+    "wide qrs": "wide qrs; qrs widening; prolonged qrs; qrs prolongation",
     "low voltage": "low voltage; reduced voltage; low qrs voltage; reduced qrs amplitude",
-    "prolonged qt interval": "prolonged qt interval; prolonged qt; prolonged qtc interval; prolonged qtc; qt prolongation; qtc prolongation; "
-                             "qt interval prolongation; qtc interval prolongation; long qt; long qtc; long qt interval; qt interval is prolonged; "
-                             "qtc is prolonged; qtc is long; qt is prolonged; qt is long",
-    "short qt interval": "short qt; shortened qt; short qtc; shortened qtc; qt short; qtc short; qt shorten; qtc shorten",
-    "left axis deviation": "left axis deviation; left axis; leftward axis; axis to the left; axis deviation to the left",
-    "right axis deviation": "right axis deviation; right axis; rightward axis; axis to the right; axis deviation to the right",
-    "st elevation": "st elevation; st segment elevation; elevation of the st segment; elevated st segment; elevated st; raised st segment; raised st; "
-                    "st is elevated; st segment is elevated; st segment are elevated",
+    "prolonged qt interval":
+        "prolonged qt interval; prolonged qtc interval; qt prolongation; qtc prolongation; long qt; long "
+        "qtc; qtc is long; qt is long",
+    "short qt interval":
+        "short qt; shortened qt; short qtc; shortened qtc; qt short; qtc short; qt shorten; qtc shorten",
+    "left axis deviation":
+        "left axis deviation; left axis; leftward axis; axis to the left; axis deviation to the left",
+    "right axis deviation":
+        "right axis deviation; right axis; rightward axis; axis to the right; axis deviation to the right",
+    "st elevation": "st elevation; elevation of the st segment; raised st segment",
     "stemi": "stemi; st elevation myocardial infarction; st elevation mi",
     "nstemi": "nstemi; nonst elevation myocardial infarction; nonst elevation mi",
-    "st depression": "st depression; st segment depression; depression of the st segment; depressed st segment; depressed st; st is depressed; "
-                     "st segment is depressed; st segment are depressed",
-    "t wave inversion": "t wave inversion; inverted t wave; t inversion; inversion of the t wave; negative t wave; inverted t; t wave is inverted; "
-                        "t wave are inverted",
-    "peaked t waves": "peaked t wave; tall t wave; hyperacute t wave; pointed t wave; tall peaked t wave; tented t wave; t wave are peaked; "
-                      "t wave are tall",
-    "flat t waves": "flat t wave; flattened t wave; t wave flattening",
+    "st depression": "st depression; depression of the st segment",
+    "t wave inversion": "t wave inversion; inverted t wave; t inversion; negative t wave; inverted t",
+    "peaked t waves":
+        "peaked t wave; tall t wave; hyperacute t wave; pointed t wave; tall peaked t wave; tented t "
+        "wave; t wave are peaked; t wave are tall",
+    "flat t waves": "flat t wave; t wave flattening",
     "u waves": "u wave; prominent u wave",
     "pathological q waves": "q wave; pathological q wave; pathologic q wave",
     "left ventricular hypertrophy": "left ventricular hypertrophy; lvh",
@@ -414,59 +481,80 @@ FINDINGS = {
     "right atrial enlargement": "right atrial enlargement; p pulmonale",
     "electrical alternans": "electrical alternans",
     "myocardial infarction": "myocardial infarction; heart attack; mi",
-    "ischaemia": "ischemia; ischaemia; ischemic; ischaemic",
-    "pericarditis": "pericarditis", "hyperkalaemia": "hyperkalemia; hyperkalaemia; high potassium",
-    "hypokalaemia": "hypokalemia; hypokalaemia; low potassium",
-    "inferior": "inferior; inferiorly; ii iii avf; ii iii and avf", "anterior": "anterior; anteriorly", "lateral": "lateral; laterally",
-    "septal": "septal", "posterior": "posterior"}
+    "ischaemia": "ischemia; ischemic",
+    "pericarditis": "pericarditis",
+    "hyperkalaemia": "hyperkalemia; high potassium",
+    "hypokalaemia": "hypokalemia; low potassium",
+    "inferior": "inferior; ii iii avf",
+    "anterior": "anterior",
+    "lateral": "lateral",
+    "septal": "septal",
+    "posterior": "posterior"}
 UNITS = {unit: (kind, factor) for kind, units in {  # kind: {unit: how many of the kind's own}
-    "ms": {"ms": 1, "msec": 1, "millisecond": 1, "s": 1000, "sec": 1000, "second": 1000, "min": 60_000, "minute": 60_000, "h": 3.6e6,
+    "ms": {"ms": 1, "msec": 1, "millisecond": 1, "s": 1000, "sec": 1000, "second": 1000, "min": 60_000,
+    "minute": 60_000, "h": 3.6e6,
            "hr": 3.6e6, "hour": 3.6e6, "day": 8.64e7, "week": 6.048e8},
-    "month": {"month": 1, "year": 12}, "mm": {"mm": 1, "millimeter": 1, "millimetre": 1, "cm": 10, "centimeter": 10, "centimetre": 10},
+    "month": {"month": 1, "year": 12}, "mm": {"mm": 1, "millimeter": 1, "millimetre": 1, "cm": 10,
+    "centimeter": 10, "centimetre": 10},
     "mv": {"mv": 1, "millivolt": 1, "µv": 0.001, "microvolt": 0.001}, "bpm": {"bpm": 1}, "beat": {"beat": 1},
     "%": {"%": 1, "percent": 1}, "degree": {"°": 1, "degree": 1, "deg": 1},
-    "mg": {"mcg": 0.001, "µg": 0.001, "ug": 0.001, "microgram": 0.001, "mg": 1, "milligram": 1, "g": 1000, "gram": 1000, "kg": 1e6,
+    "mg": {"mcg": 0.001, "µg": 0.001, "ug": 0.001, "microgram": 0.001, "mg": 1, "milligram": 1, "g": 1000,
+    "gram": 1000, "kg": 1e6,
            "kilogram": 1e6},
-    "ml": {"ml": 1, "milliliter": 1, "millilitre": 1, "l": 1000, "liter": 1000, "litre": 1000}, "mmhg": {"mmhg": 1},
-    "mmol": {"mmol": 1}, "meq": {"meq": 1}, "hz": {"hz": 1}, "j": {"j": 1, "joule": 1}}.items() for unit, factor in units.items()}
-MEASURED = {"pr": "ms", "qrs": "ms", "qt": "ms", "qtc": "ms", "rr": "ms", "rate": "bpm", "axis": "degree", "ef": "%", "fraction": "%"}
+    "ml": {"ml": 1, "milliliter": 1, "millilitre": 1, "l": 1000, "liter": 1000, "litre": 1000},
+    "mmhg": {"mmhg": 1},
+    "mmol": {"mmol": 1}, "meq": {"meq": 1}, "hz": {"hz": 1}, "j": {"j": 1, "joule": 1}}.items() for unit,
+    factor in units.items()}
+MEASURED = {"pr": "ms", "qrs": "ms", "qt": "ms", "qtc": "ms", "rr": "ms", "rate": "bpm", "axis": "degree",
+            "ef": "%", "fraction": "%"}
 ABOVE = frozenset("> ≥ above over exceed exceeds exceeding beyond".split())
 BELOW = frozenset("< ≤ below under".split())
-THAN = {"more": "above", "greater": "above", "longer": "above", "higher": "above", "wider": "above", "larger": "above",
-        "less": "below", "fewer": "below", "shorter": "below", "lower": "below", "narrower": "below", "smaller": "below"}
+THAN = {"more": "above", "greater": "above", "longer": "above", "higher": "above", "wider": "above",
+        "larger": "above",
+        "less": "below", "fewer": "below", "shorter": "below", "lower": "below", "narrower": "below",
+        "smaller": "below"}
 LINKS = frozenset("than or equal to of about approximately around a an the is was are at being".split())
 NUMBER_WORDS = {word: str(i + 1) for i, word in enumerate(
     "one two three four five six seven eight nine ten eleven twelve".split())}
-WRITTEN = (("can't", "cannot"), ("can not", "cannot"), ("n't", " not"), ("beats per min", "bpm"), ("beats/min", "bpm"), ("bpmute", "bpm"),
-           ("per minute", "bpm"), ("/min", " bpm"), ("mm hg", "mmhg"), ("at least", "≥"), ("at most", "≤"), ("up to", "≤"), ("no more than", "≤"),
-           ("no less than", "≥"), ("e.g.", "eg"), ("i.e.", "ie"), ("vs.", "vs"), ("aemi", "emi"), ("aemor", "emor"), ("first-degree", "1st degree"),
+WRITTEN = (("can't", "cannot"), ("can not", "cannot"), ("n't", " not"), ("beats per min", "bpm"),
+            ("beats/min", "bpm"), ("bpmute", "bpm"),
+           ("per minute", "bpm"), ("/min", " bpm"), ("mm hg", "mmhg"), ("at least", "≥"), ("at most", "≤"),
+           ("up to", "≤"), ("no more than", "≤"),
+           ("no less than", "≥"), ("e.g.", "eg"), ("i.e.", "ie"), ("vs.", "vs"), ("aemi", "emi"), ("aemor",
+           "emor"), ("first-degree", "1st degree"),
            ("first degree", "1st degree"), ("second-degree", "2nd degree"), ("second degree", "2nd degree"),
            ("third-degree", "3rd degree"), ("third degree", "3rd degree"))  # in this order
-FILLER = COMMON | frozenset("interval segment complex seen present evident found noted observed visible there detected".split())
-SAME = {"invers": "invert", "widen": "wide", "broad": "wide", "broaden": "wide", "electrocardiogram": "ecg", "ekg": "ecg",
+FILLER = COMMON | frozenset(
+    "interval segment complex seen present evident found noted observed visible there detected".split())
+SAME = {"invers": "invert", "widen": "wide", "broad": "wide", "broaden": "wide", "electrocardiogram": "ecg",
+        "ekg": "ecg",
         "lengthen": "prolong", "flatten": "flat", ">": "above", "≥": "above", "<": "below", "≤": "below"}
 NON = re.compile(r"\bnon[- ](?=[a-z])")
-TOKEN = re.compile(r"(?<![\w.])[-\u2212](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+\d*|[.;:!?,\n<>≤≥%°]")  # cannot backtrack
+TOKEN = re.compile(  # cannot backtrack
+    r"(?<![\w.])[-\u2212](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+\d*|[.;:!?,\n<>≤≥%°]")
 
 
 @functools.lru_cache(100_000)
 def stem(word):
-    """A word in lower case without its ending (-s, -ed, -ing, -ion, -ly, ...), and one word for a few that mean the same."""
+    """A word in lower case without its ending (-s, -ed, -ing, -ion, -ly, ...), and one word for a few that
+    mean the same.
+    """
     if word.endswith("ies") and len(word) > 5:
         word = word[:-3] + "y"
     for ending in ("ation", "ions", "ings", "ion", "ing", "ed", "es", "s", "ly", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 4 and not word.endswith(("us", "is", "ss")):
-            word = word[:-len(ending)]
+            word = word[: -len(ending)]
             break
     word = word[:-2] if word.endswith("at") and len(word) > 5 else word  # elevat(ed), and elev(ation)
     return SAME.get(word, word)
 
 
 def with_numbers(raw):
-    """Tokens with their numbers as (value, unit, "above", "below" or ""), units brought to one: "0.12 s" is (120.0, "ms", "").
+    """Tokens with their numbers as (value, unit, "above", "below" or ""), units brought to one: "0.12 s" is
+    (120.0, "ms", "").
 
-    A number counts with a unit or behind a measurement's name ("PR 240"); others stay words. Both numbers of "3 to 6
-    months" are months; "> 120 ms", "120 ms or more" and "longer than 120 ms" are above.
+    A number counts with a unit or behind a measurement's name ("PR 240"); others stay words. Both numbers of
+    "3 to 6 months" are months; "> 120 ms", "120 ms or more" and "longer than 120 ms" are above.
     """
     found, sign, i = [], "", 0
     while i < len(raw):
@@ -484,7 +572,7 @@ def with_numbers(raw):
             found.append(token)
     for k in range(len(found) - 2, -1, -1):  # a range: the unit is that of both
         if isinstance(found[k], list) and not found[k][1]:
-            after = found[k + 2:k + 3] if found[k + 1] in ("to", "or", "and") else found[k + 1:k + 2]
+            after = found[k + 2 : k + 3] if found[k + 1] in ("to", "or", "and") else found[k + 1 : k + 2]
             if after and isinstance(after[0], list):
                 found[k][1] = after[0][1]
     result = []
@@ -513,8 +601,10 @@ def with_numbers(raw):
         if math.isinf(value) or not unit:
             result += [compared] * (compared != "") + [written if written == "one" else text]
             continue
-        if found[k + 1:k + 2] == ["or"] and k + 2 < len(found) and isinstance(found[k + 2], str):
-            following = THAN.get(found[k + 2]) or ("above" if found[k + 2] in ABOVE else "below" if found[k + 2] in BELOW else "")
+        if found[k + 1 : k + 2] == ["or"] and k + 2 < len(found) and isinstance(found[k + 2], str):
+            following = THAN.get(found[k + 2]) or (
+                "above" if found[k + 2] in ABOVE else "below" if found[k + 2] in BELOW else ""
+            )
             if following:
                 compared, found[k + 1], found[k + 2] = following, "of", "of"
         result.append((round(value * unit[1], 6), unit[0], compared))
@@ -523,10 +613,16 @@ def with_numbers(raw):
 
 @functools.lru_cache(1024)
 def read(text):
-    """What a text says: of each sentence, [(word, status)]; words are stems or numbers (see `with_numbers`), without triggers and
-    FILLER. "Ruled out: ..." negates all that follows. Reads 50,000 characters, in time linear in them.
+    """What a text says: of each sentence, [(word, status)]; words are stems or numbers (see `with_numbers`),
+    without triggers and FILLER. "Ruled out: ..." negates all that follows. Reads 50,000 characters, in time
+    linear in them.
     """
-    text = unicodedata.normalize("NFKC", text[:50_000]).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").replace("μ", "µ").lower()
+    text = (
+        unicodedata.normalize("NFKC", text[:50_000])
+        .replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+        .replace("μ", "µ")
+        .lower()
+    )
     for written, meant in WRITTEN:
         text = text.replace(written, meant)
     sentences, sentence, usual = [], [], "affirmed"
@@ -535,8 +631,11 @@ def read(text):
             sentence.append(token)
             continue
         status = statuses(sentence, usual)
-        said = [(stem(word) if isinstance(word, str) else word, how) for word, how in zip(sentence, status)
-                if how and word not in FILLER and word != ","]
+        said = [
+            (stem(word) if isinstance(word, str) else word, how)
+            for word, how in zip(sentence, status)
+            if how and word not in FILLER and word != ","
+        ]
         if token == ":" and None in status and not said:
             usual = "negated"
         if said:
@@ -558,7 +657,9 @@ def phrases():
 
 @functools.lru_cache(1024)
 def said_in(text):
-    """Of each sentence of `read`: [(item, status)], the words of a finding brought together to (finding, "finding")."""
+    """Of each sentence of `read`: [(item, status)], the words of a finding brought together to (finding,
+    "finding").
+    """
     result = []
     for sentence in read(text):
         said, i = [], 0
@@ -566,10 +667,12 @@ def said_in(text):
             item, status = sentence[i]
             length = 1
             for phrase, finding in phrases().get(item, ()):
-                if tuple(word for word, _ in sentence[i:i + len(phrase)]) == phrase:
-                    own = {how for _, how in sentence[i:i + len(phrase)]}
+                if tuple(word for word, _ in sentence[i : i + len(phrase)]) == phrase:
+                    own = {how for _, how in sentence[i : i + len(phrase)]}
                     length, item = len(phrase), (finding, "finding")
-                    status = "negated" if "negated" in own else "possible" if "possible" in own else "affirmed"
+                    status = (
+                        "negated" if "negated" in own else "possible" if "possible" in own else "affirmed"
+                    )
                     break
             said.append((item, status))
             i += length
@@ -578,38 +681,57 @@ def said_in(text):
 
 
 def key_findings(text):
-    """{(finding, "finding") or (value, unit, comparison): "affirmed", "negated", "possible", or None where affirmed and negated} of a
-    text, see FINDINGS and `with_numbers`.
+    """{(finding, "finding") or (value, unit, comparison): "affirmed", "negated", "possible", or None where
+    affirmed and negated} of a text, see FINDINGS and `with_numbers`.
     """
     found = {}
     for sentence in said_in(text):
         for item, status in sentence:
             if isinstance(item, tuple):
                 found.setdefault(item, set()).add(status)
-    return {item: None if {"affirmed", "negated"} <= how else next(s for s in ("affirmed", "negated", "possible") if s in how)
-            for item, how in found.items()}
+    return {
+        item: None
+        if {"affirmed", "negated"} <= how
+        else next(s for s in ("affirmed", "negated", "possible") if s in how)
+        for item, how in found.items()
+    }
 
 
 def findings_f1(answer, gold, question=""):
-    """F1, 0 to 1, between the key findings of an answer and of the gold answer, or None where the gold answer has none of its own.
+    """F1, 0 to 1, between the key findings of an answer and of the gold answer, or None where the gold answer
+    has none of its own.
 
-    A finding is right if it has the gold answer's status; "no ST elevation" where the gold has ST elevation is a miss and an
-    error, and so is saying both; half right is "possible" for affirmed, and a number without its comparison. Findings that
-    the question names in the same way count for neither side, and what the gold answer does not mention may be denied. The
-    measure is that of CheXbert's label F1 (Smit et al. 2020, arXiv:2004.09167), with findings of ECGs.
+    A finding is right if it has the gold answer's status; "no ST elevation" where the gold has ST elevation
+    is a miss and an error, and so is saying both; half right is "possible" for affirmed, and a number
+    without its comparison. Findings that the question names in the same way count for neither side, and what
+    the gold answer does not mention may be denied. The measure is that of CheXbert's label F1 (Smit et al.
+    2020, arXiv:2004.09167), with findings of ECGs.
     """
     known = key_findings(question)
-    wanted, said = ({item: status for item, status in key_findings(text).items() if known.get(item, "") != status}
-                    for text in (gold, answer))
+    wanted, said = (
+        {item: status for item, status in key_findings(text).items() if known.get(item, "") != status}
+        for text in (gold, answer)
+    )
     wanted = {item: status for item, status in wanted.items() if status}
     if not wanted:
         return None
     torn = {item for item, status in key_findings(gold).items() if not status}
-    said = {item: status for item, status in said.items() if item in wanted or status != "negated" and item not in torn}
+    said = {
+        item: status
+        for item, status in said.items()
+        if item in wanted or status != "negated" and item not in torn
+    }
     right = 0.0
     for item, status in wanted.items():
-        others = [item] if item[1] == "finding" else [(*item[:2], compared) for compared in (item[2], "above", "below", "")]
-        found = next((other for other in others if other in said and (other == item or "" in (other[2], item[2]))), None)
+        others = (
+            [item]
+            if item[1] == "finding"
+            else [(*item[:2], compared) for compared in (item[2], "above", "below", "")]
+        )
+        found = next(
+            (other for other in others if other in said and (other == item or "" in (other[2], item[2]))),
+            None,
+        )
         if found and said[found] == status:
             right += 1.0 if found == item else 0.5
         elif found == item and {said[item], status} == {"affirmed", "possible"}:
@@ -619,22 +741,29 @@ def findings_f1(answer, gold, question=""):
 
 def flat(text):
     """The items of all sentences of a text, with affirmed for possible where they are words."""
-    return [(item, status if isinstance(item, tuple) or status == "negated" else "affirmed")
-            for sentence in said_in(text) for item, status in sentence]
+    return [
+        (item, status if isinstance(item, tuple) or status == "negated" else "affirmed")
+        for sentence in said_in(text)
+        for item, status in sentence
+    ]
 
 
 def token_f1(answer, gold, question=""):
-    """F1, 0 to 1, between the words and numbers of an answer and of the gold answer, those of the question left out.
+    """F1, 0 to 1, between the words and numbers of an answer and of the gold answer, those of the question
+    left out.
 
-    As SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250), but a finding is one word, however it was worded, a negated word is
-    another word, findings and numbers count three times, and the F1 is multiplied by 0.2 + 0.8 times the share of the other words
-    in common that have a neighbour in common: shuffled words say nothing.
+    As SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250), but a finding is one word, however it was worded, a
+    negated word is another word, findings and numbers count three times, and the F1 is multiplied by 0.2 +
+    0.8 times the share of the other words in common that have a neighbour in common: shuffled words say
+    nothing.
     """
     known = set(flat(question))
     said, wanted = ([item for item in flat(text) if item not in known] for text in (answer, gold))
     if not wanted:  # the gold answer only repeats the question
         said, wanted = flat(answer), flat(gold)
-    weigh = lambda counter: sum(count * (3 if isinstance(item[0], tuple) else 1) for item, count in counter.items())  # noqa: E731
+    weigh = lambda counter: sum(
+        count * (3 if isinstance(item[0], tuple) else 1) for item, count in counter.items()
+    )  # noqa: E731
     both = Counter(said) & Counter(wanted)
     if not both:
         return float(plain(answer) == plain(gold))
@@ -646,95 +775,62 @@ def token_f1(answer, gold, question=""):
 
 
 def length_guard(answer, gold):
-    """1 for an answer of at most twice the gold answer's words, or 30 more; then falling, to 0 at twice that."""
+    """1 for an answer of at most twice the gold answer's words, or 30 more; then falling, to 0 at twice."""
     n, limit = len(answer.split()), max(2 * len(gold.split()), len(gold.split()) + 30)
     return min(1.0, max(0.0, 2 - n / limit))
 
 
-# === free text: contradictions ========================================================================================
-# Words of opposite meaning: either side of a line's "|" is the other's opposite. Inflections need no mention (see `stem`).
+# === free text: contradictions ==============================================================================
+# Words of opposite meaning: either side of a "|" is the other's opposite, up to the ";". Inflections need no
+# mention (see `stem`).
 
-OPPOSITES = """increase elevate rise raise high higher augment upward ascend upslope upsloping grow up | decrease reduce reduction lower low fall drop
-  decline depress diminish downward descend downslope downsloping lessen down
-upper | lower
-prolong long longer lengthen | shorten short shorter brief
-wide wider widen broad broaden | narrow narrower
-left leftward | right rightward
-fast rapid quick faster accelerate | slow slower decelerate
-early earlier before precede prior | late later after follow subsequent
-upright | invert
-positive | negative
-normal | abnormal
-anterior | posterior
-superior | inferior
-proximal | distal
-medial | lateral
-atrial atrium atria | ventricular ventricle
-systole systolic | diastole diastolic
-tachycardia | bradycardia
-tall | small short
-large big great | small little
-deep | shallow
-thick thicken | thin
-strong stronger | weak weaker
-more | less fewer
-most majority many | least minority few
-maximum maximal | minimum minimal
-always usual often frequent common commonly | never rare rarely uncommon seldom
-acute sudden abrupt | chronic gradual
-transient temporary | permanent persistent
-mild minor | severe major
-improve better benefit beneficial | worsen worse deteriorate harm harmful
-benign | malignant
-safe | dangerous unsafe
-start begin initiate | stop end cease discontinue terminate
-include | exclude
-accept allow permit | refuse forbid prohibit deny reject
-cause provoke promote trigger | prevent inhibit block
-activate | inhibit
-depolarize depolarization | repolarize repolarization
-constrict | dilate dilatation
-contract | relax
-sympathetic | parasympathetic
-artery arterial | vein venous
-primary | secondary
-male man men | female woman women
-young younger | old older elderly
-same similar identical | different distinct
-true correct right | false incorrect wrong
-above over | below under
-internal inside inner | external outside outer
-diffuse widespread global | local localize focal
-unilateral | bilateral
-simple | complex
-concave | convex
-lose loss | gain
-strengthen | weaken
-necessary required mandatory | optional unnecessary
-public | private
-first | last
-day daytime | night nighttime
-open | close
-hot warm | cold"""
+OPPOSITES = """
+    increase elevate rise raise high higher augment upward ascend upslope upsloping grow up | decrease reduce
+    reduction lower low fall drop decline depress diminish downward descend downslope downsloping lessen
+    down; upper | lower; prolong long longer lengthen | shorten short shorter brief; wide wider widen broad
+    broaden | narrow narrower; left leftward | right rightward; fast rapid quick faster accelerate | slow
+    slower decelerate; early earlier before precede prior | late later after follow subsequent; upright |
+    invert; positive | negative; normal | abnormal; anterior | posterior; superior | inferior; proximal |
+    distal; medial | lateral; atrial atrium atria | ventricular ventricle; systole systolic | diastole
+    diastolic; tachycardia | bradycardia; tall | small short; large big great | small little; deep | shallow;
+    thick thicken | thin; strong stronger | weak weaker; more | less fewer; most majority many | least
+    minority few; maximum maximal | minimum minimal; always usual often frequent common commonly | never rare
+    rarely uncommon seldom; acute sudden abrupt | chronic gradual; transient temporary | permanent
+    persistent; mild minor | severe major; improve better benefit beneficial | worsen worse deteriorate harm
+    harmful; benign | malignant; safe | dangerous unsafe; start begin initiate | stop end cease discontinue
+    terminate; include | exclude; accept allow permit | refuse forbid prohibit deny reject; cause provoke
+    promote trigger | prevent inhibit block; activate | inhibit; depolarize depolarization | repolarize
+    repolarization; constrict | dilate dilatation; contract | relax; sympathetic | parasympathetic; artery
+    arterial | vein venous; primary | secondary; male man men | female woman women; young younger | old older
+    elderly; same similar identical | different distinct; true correct right | false incorrect wrong; above
+    over | below under; internal inside inner | external outside outer; diffuse widespread global | local
+    localize focal; unilateral | bilateral; simple | complex; concave | convex; lose loss | gain; strengthen
+    | weaken; necessary required mandatory | optional unnecessary; public | private; first | last; day
+    daytime | night nighttime; open | close; hot warm | cold
+"""
 PREFIXES = ("non", "un", "in", "im", "ir", "ab", "a", "dis", "de", "hyper", "hypo", "tachy", "brady")
 SWAPPED = {"hyper": "hypo", "hypo": "hyper", "tachy": "brady", "brady": "tachy"}
-FALSE = frozenset("wrong false incorrect untrue mistaken inaccurate opposite reverse contrary inverse nonsense disregard ignore forget retract "
-                  "withdraw invalid lie lying lied error erroneous fabricated fiction joke joking kidding rubbish scratch strike "
-                  "reject".split())
-TRUE = frozenset("true correct right accurate valid so case holds applies hold apply happens really believe trust".split())
+FALSE = frozenset(
+    ("wrong false incorrect untrue mistaken inaccurate opposite reverse contrary inverse nonsense "
+     "disregard ignore forget retract withdraw invalid lie lying lied error erroneous fabricated fiction "
+     "joke joking kidding rubbish scratch strike reject").split())
+TRUE = frozenset(
+    "true correct right accurate valid so case holds applies hold apply happens really believe trust".split())
 DENY = frozenset("not none nothing neither never no".split())
-REFER = frozenset("this that these those it above all everything answer answers statement statements claim claims said wrote told previous "
-                  "preceding foregoing former following which what i my mine me you please text sentence sentences information of is are was were "
-                  "be the a an in fact actually just take back everything anything entire whole entirely completely totally both just "
-                  "about every each word written stated here before earlier and or but do does did has have been must should can actual "
-                  "reality truth quite simply instead however s any".split())
+REFER = frozenset(
+    ("this that these those it above all everything answer answers statement statements claim claims said "
+     "wrote told previous preceding foregoing former following which what i my mine me you please text "
+     "sentence sentences information of is are was were be the a an in fact actually just take back "
+     "everything anything entire whole entirely completely totally both just about every each word written "
+     "stated here before earlier and or but do does did has have been must should can actual reality truth "
+     "quite simply instead however s any").split())
 
 
 @functools.cache
 def opposites():
     """{stem: [(line of OPPOSITES, side, 1 or -1)]}."""
     index = {}
-    for line, text in enumerate(OPPOSITES.replace("\n  ", " ").split("\n")):
+    for line, text in enumerate(OPPOSITES.split(";")):
         for side, words_of in zip((1, -1), text.split("|")):
             for word in dict.fromkeys(map(stem, words_of.split())):
                 index.setdefault(word, []).append((line, side))
@@ -742,25 +838,37 @@ def opposites():
 
 
 def retractions(text):
-    """How many clauses of a text do nothing but call it false ("All of this is wrong.", "Disregard the above", "The opposite is
-    true"): of words that point at the answer, deny or call false; one other word may be among them.
+    """How many clauses of a text do nothing but call it false ("All of this is wrong.", "Disregard the above",
+    "The opposite is true"): of words that point at the answer, deny or call false; one other word may be
+    among them.
     """
     count = 0
-    for clause in re.split(r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b", text[:50_000].lower().replace("n't", " not")):
+    for clause in re.split(
+        r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b",
+        text[:50_000].lower().replace("n't", " not"),
+    ):
         own = re.findall(r"[^\W\d_]+", clause)
         false = [word for word in own if word in FALSE] or {"take", "back"} <= set(own)
         denied = [word for word in own if word in DENY]
         true = [word for word in own if word in TRUE]
-        rest = [word for word in own if word not in FALSE and word not in DENY and word not in TRUE and word not in REFER]
+        rest = [
+            word
+            for word in own
+            if word not in FALSE and word not in DENY and word not in TRUE and word not in REFER
+        ]
         count += (bool(false) and not denied or bool(denied and true)) and len(rest) <= (len(own) > 3)
     return count
 
 
 def opposed(answer, gold):
-    """How many words of the answer say the opposite of the gold answer's: beside the same neighbour ("ST depression" for "ST
-    elevation"), or instead of it anywhere, or with another prefix ("irregular", "hypokalemia"), in the same status.
+    """How many words of the answer say the opposite of the gold answer's: beside the same neighbour ("ST
+    depression" for "ST elevation"), or instead of it anywhere, or with another prefix ("irregular",
+    "hypokalemia"), in the same status.
     """
-    sides = [{word for sentence in read(text) for word, _ in sentence if isinstance(word, str)} for text in (gold, answer)]
+    sides = [
+        {word for sentence in read(text) for word, _ in sentence if isinstance(word, str)}
+        for text in (gold, answer)
+    ]
     known = sides[0] | sides[1]
     prefixed = {}
     for word in known:
@@ -775,28 +883,44 @@ def opposed(answer, gold):
     for number, text in enumerate((gold, answer)):
         for sentence in read(text):
             for i, (word, status) in enumerate(sentence):
-                keys = [(line, side, status == "negated") for line, side in (*opposites().get(word, ()), *prefixed.get(word, ()))]
+                keys = [
+                    (line, side, status == "negated")
+                    for line, side in (*opposites().get(word, ()), *prefixed.get(word, ()))
+                ]
                 if keys:
                     counts[number].update(keys)
-                    neighbours = {other for other, _ in sentence[max(0, i - 1):i + 2]} - {word}
+                    neighbours = {other for other, _ in sentence[max(0, i - 1) : i + 2]} - {word}
                     for key in keys if number == 0 else ():
                         beside.setdefault(key, set()).update(neighbours)
                     if number:
                         occurring.append((keys, neighbours))
-    there = sum(any(beside.get((line, -side, how), set()) & neighbours - beside.get((line, side, how), set())
-                    for line, side, how in keys) for keys, neighbours in occurring)
+    there = sum(
+        any(
+            beside.get((line, -side, how), set()) & neighbours - beside.get((line, side, how), set())
+            for line, side, how in keys
+        )
+        for keys, neighbours in occurring
+    )
     wanted, said = counts
-    instead = max((min(count - wanted[key], wanted[key[0], -key[1], key[2]] - said[key[0], -key[1], key[2]])
-                   for key, count in said.items()), default=0)
+    instead = max(
+        (
+            min(count - wanted[key], wanted[key[0], -key[1], key[2]] - said[key[0], -key[1], key[2]])
+            for key, count in said.items()
+        ),
+        default=0,
+    )
     return max(there, instead)
 
 
 def numbers_changed(answer, gold, question=""):
-    """How many numbers of the answer contradict the gold answer's: another of the same unit (or of the same word: "V2") that neither
-    the gold answer nor the question has, instead of one of the gold answer's or beside the same word as it; and bare numbers
-    ("type 2") that replace another beside the same word.
+    """How many numbers of the answer contradict the gold answer's: another of the same unit (or of the same
+    word: "V2") that neither the gold answer nor the question has, instead of one of the gold answer's or
+    beside the same word as it; and bare numbers ("type 2") that replace another beside the same word.
     """
-    found, places = [], []  # of gold answer, answer and question: numbers, and {(where, word beside, unit): numbers}
+    found, places = (
+        [],
+        [],
+    )  # of gold answer, answer and question: numbers, and {(where, word beside, unit): numbers}
     for text in (gold, answer, question):
         own, at = Counter(), {}
         for sentence in read(text):
@@ -823,16 +947,21 @@ def numbers_changed(answer, gold, question=""):
     for item, count in missing.items():
         lost[item[1]] += count
     named = (instead & lost).total() - (instead & lost)[""]
-    both_ways = sum(bool(own & new) and place[2] != "" for place, own in places[1].items() if place in places[0])
-    bare = any(own - places[0][place] and places[0][place] - own for place, own in places[1].items()
-               if place in places[0] and not place[2])
+    both_ways = sum(
+        bool(own & new) and place[2] != "" for place, own in places[1].items() if place in places[0]
+    )
+    bare = any(
+        own - places[0][place] and places[0][place] - own
+        for place, own in places[1].items()
+        if place in places[0] and not place[2]
+    )
     return max(named, min(1, both_ways)) + bare
 
 
 def contradictions(answer, gold, question=""):
-    """How often an answer says the opposite of the gold answer: sentences that negate a finding, or two neighbouring words, which the
-    gold answer affirms (or the other way round), and what `opposed` and `numbers_changed` count. What the gold answer says
-    both ways can't be contradicted.
+    """How often an answer says the opposite of the gold answer: sentences that negate a finding, or two
+    neighbouring words, which the gold answer affirms (or the other way round), and what `opposed` and
+    `numbers_changed` count. What the gold answer says both ways can't be contradicted.
     """
     found, pairs = key_findings(gold), {}
     for said in said_in(gold):
@@ -840,9 +969,11 @@ def contradictions(answer, gold, question=""):
             pairs.setdefault((a, b), set()).add((one == "negated", two == "negated"))
     turned = 0
     for said in said_in(answer):
-        turned += (any({status, found.get(item)} == {"affirmed", "negated"} for item, status in said)
-                   or any((one == "negated", two == "negated") not in pairs.get((a, b), [(one == "negated", two == "negated")])
-                          for (a, one), (b, two) in zip(said, said[1:] or said)))
+        turned += any({status, found.get(item)} == {"affirmed", "negated"} for item, status in said) or any(
+            (one == "negated", two == "negated")
+            not in pairs.get((a, b), [(one == "negated", two == "negated")])
+            for (a, one), (b, two) in zip(said, said[1:] or said)
+        )
     return turned + opposed(answer, gold) + numbers_changed(answer, gold, question)
 
 

@@ -7,6 +7,8 @@
     python3 -m venv lmenv && lmenv/bin/pip install -r requirements.txt "lm_eval[hf]==0.4.13"
     lmenv/bin/python tests/interop.py lm_eval     eval.py --mode loglikelihood beside our task files, and
                                                   its own pubmedqa on the real rows of GRPO_TEST_DATA
+    python3 -m venv negenv && negenv/bin/pip install medspacy==1.3.1
+    GRPO_TEST_DATA=... negenv/bin/python tests/interop.py negation     statuses of findings in real sentences, by medspaCy's ConText
 
 Each prints versions, rows compared and the largest difference, and ends with exit code 1 if that is more than rounding.
 """
@@ -33,6 +35,7 @@ import rewards
 TASKS = ("pubmedqa", "medmcqa", "ecg", "medical_o1")
 NEEDS = {"verl": ("verl==0.9.0 TransferQueue==0.1.8 torch==2.13.0 tyro", ("verl", "transformers", "torch", "ray", "tensordict", "datasets")),
          "trl": ("-r requirements.txt trl==1.16.0", ("trl", "transformers", "torch", "accelerate", "datasets")),
+         "negation": ("medspacy==1.3.1", ("medspacy", "spacy")),
          "lm_eval": ('-r requirements.txt "lm_eval[hf]==0.4.13"', ("lm_eval", "transformers", "torch", "datasets"))}
 MEDICAL_O1 = [{"Question": f"Which drug helps in case {i}?", "Complex_CoT": f"Case {i} shows sign {i * 7 % 31}.",
                "Response": f"Drug {i % 13} lowers sign {i * 7 % 31} within {i % 5 + 2} days."} for i in range(500)]  # it has no built-in rows
@@ -339,12 +342,69 @@ def lm_eval(arguments, folder):
                         "--split", "all", "--maybe", "--max_prompt_length", 4096)
 
 
+# === negation =========================================================================================================
+
+# What a disagreement comes from: the first of its status there whose pattern the sentence has
+CLASSES = {
+    "possible": (("\"suggestive of\", \"concerning for\", \"rule out\", \"possible\": other literals or another scope",
+                  r"\brul(?:e|es|ed|ing) out|suspect|suspicio|possib|probabl|suggestive|concern|worri|doubt"),
+                 ("\"may be\" is uncertainty there, the way to state a fact here", r"\b(?:may|might|could|can) be\b|\bmaybe\b")),
+    "negated": (("the scope ends here at a comma, \"and\", a verb or a link, there at the end of the sentence",
+                 r"\b(?:no|not|without|absence|lack|cannot|free|negative|any other|rather than|test for)\b"),),
+    "affirmed": (("\"absent\", \"lacks\", \"no longer\", \"has resolved\": no literal there", r"\b(?:absent|lacks|no longer|neither|has resolved|have resolved)\b"),
+                 ("\"possibly\", \"suspected\", \"concern for\": no literal there", r"\b(?:possibly|possible|suspected|suspicion|concern for|probable)\b"),
+                 ("\"not\" with a scope or window that differs", r"\b(?:no|not|without)\b"))}
+
+
+def negation(arguments, folder):
+    """Statuses of rewards.key_findings against those of medspaCy's ConText, of each finding of each sentence of the real rows."""
+    from loguru import logger
+    logger.remove()
+    import medspacy
+    from medspacy.ner import TargetRule
+    from test_rewards_real import real_rows
+    phrases = {phrase.strip(): name for name, text in rewards.FINDINGS.items() for phrase in text.split(";")}
+    nlp = medspacy.load(medspacy_enable=["medspacy_target_matcher", "medspacy_context"])
+    nlp.add_pipe("sentencizer", first=True)
+    nlp.get_pipe("medspacy_target_matcher").add([TargetRule(phrase, name) for phrase, name in phrases.items()])
+    texts = {row["ground_truth"] for row in real_rows("all", os.environ["GRPO_TEST_DATA"])}
+    sentences = sorted({sentence.strip() for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text)})
+    counts, examples = {}, {}
+    for sentence in sentences:
+        ours = {item[0]: status for item, status in rewards.key_findings(sentence).items() if item[1] == "finding"}
+        if not ours:
+            continue
+        theirs = {}
+        for entity in nlp(sentence.lower().replace("-", " ")).ents:
+            status = "possible" if entity._.is_uncertain else "negated" if entity._.is_negated else "affirmed"
+            theirs.setdefault(entity.label_, set()).add(status)
+        for name in ours.keys() & theirs.keys():
+            if len(theirs[name]) > 1 or not ours[name]:
+                kind = ("both ways", "", "")
+            else:
+                [status] = theirs[name]
+                kind = ("same", status, "") if status == ours[name] else (
+                    "different", f"{ours[name]} here, {status} there",
+                    next((what for what, pattern in CLASSES[status] if re.search(pattern, sentence, re.I)), "another"))
+            counts[kind] = counts.get(kind, 0) + 1
+            examples.setdefault(kind, []).append(f"{name}: {sentence[:260]}")
+    total = sum(count for kind, count in counts.items() if kind[0] != "both ways")
+    same = sum(count for kind, count in counts.items() if kind[0] == "same")
+    print(f"{total} findings in the sentences of real answers, {same} with the same status ({same / total:.1%})")
+    for kind, count in sorted(counts.items(), key=lambda entry: -entry[1]):
+        print(f"| {count} | {kind[0]} | {kind[1]} | {kind[2]} |")
+        for example in examples[kind][:arguments.examples] if kind[0] == "different" else ():
+            print(f"    {example}")
+    check("share of statuses that differ", total, 1 - same / total, 0.05)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=NEEDS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose commands to check (verl)")
     parser.add_argument("--model", type=Path, default=ROOT / "data/tiny", help="a model's folder (lm_eval)")
     parser.add_argument("--rows", type=int, default=60, help="of each task (lm_eval)")
+    parser.add_argument("--examples", type=int, default=0, help="sentences to show of each disagreement (negation)")
     arguments = parser.parse_args()
     packages, shown = NEEDS[arguments.what]
     try:

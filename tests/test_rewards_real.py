@@ -130,7 +130,7 @@ def table(rows):
     return drops
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rows(real_data):
     return real_rows("all", real_data)
 

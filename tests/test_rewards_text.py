@@ -350,6 +350,6 @@ def test_any_text_gets_a_finite_score_in_range(text, gold, question, source):
 @pytest.mark.parametrize("text", ["no " * 300_000, "ST elevation, or " * 60_000, "9" * 1_000_000, "-" * 1_000_000, "1," * 500_000, "<answer>" * 120_000,
                                   "st segment " * 90_000])
 def test_a_megabyte_is_scored_in_under_a_second(text):
-    start = time.time()
+    start = time.process_time()  # not the clock's: others' work is none of ours
     score(text, "Why?", "Because of ST elevation.")
-    assert time.time() - start < 1
+    assert time.process_time() - start < 1
