@@ -1070,8 +1070,8 @@ def asked(question, answer):
 # Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their weight to the others.
 WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
            "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
-# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can reach it. On the
-# real rows of tests/README.md, 0.76 of the second answers to a question do, and 0.4% of wrong ones.
+# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can pass it.
+# On the real rows of tests/README.md, 89 of 117 second answers to a question do, and 23 of 8,772 wrong ones.
 ENOUGH = 0.5
 METHOD = {"ecg_expert_qa": "hybrid", "medical_o1": "reasoning"}  # the usual mix of a data source
 

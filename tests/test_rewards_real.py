@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rewards
-from data import ecg, question_hash
+from data import ecg, normalized, question_hash, read_records
 
 FILES = ("Complex diagnosis (analysis of difficult diseases).json", "ECG Knowledge (Basic Q&A).json",
          "Patient's right to know.json")
@@ -123,11 +123,30 @@ def score(answer, row):
 
 
 def table(rows):
-    """{kind: [(gold answer's score - wrong answer's score, row, answer)]}."""
+    """{kind: [(gold answer's score - wrong answer's score, accuracy, row, answer)]}."""
     drops = defaultdict(list)
     for kind, row, answer in wrong_answers(rows):
-        drops[kind].append((1.0 - score(answer, row)["score"], row, answer))
+        result = score(answer, row)
+        drops[kind].append((1.0 - result["score"], result["accuracy"], row, answer))
     return drops
+
+
+def second_answers(folder):
+    """Scores of the other gold answers of questions that have several, where no key finding and no verdict decides."""
+    answers = defaultdict(dict)
+    for name in FILES:
+        for _, record in read_records(Path(folder) / name):
+            question, answer = (record[field] for field in ecg.VARIANTS[frozenset(record)])
+            if None not in (ecg.repaired(question), ecg.repaired(answer)):
+                answers[normalized(question)][normalized(answer)] = ecg.make_row("x", question, answer)
+    return [score(other["ground_truth"], row) for rows in answers.values() for row in rows.values() for other in rows.values()
+            if row is not other and undecided(row)]
+
+
+def undecided(row):
+    """Whether accuracy goes by rewards.ENOUGH."""
+    question = row["extra"]["question"]
+    return "verdict" not in row["extra"] and rewards.findings_f1("", row["ground_truth"], question) is None
 
 
 @pytest.fixture
@@ -153,12 +172,16 @@ if __name__ == "__main__":
     chosen = real_rows(part, os.environ["GRPO_TEST_DATA"])
     golds = [score(row["ground_truth"], row) for row in chosen]
     print(f"{part}: {len(chosen)} gold answers, lowest score {min(g['score'] for g in golds):.3f}\n")
-    print("| kind | pairs | lower | mean drop | smallest |\n|---|---|---|---|---|")
+    print("| kind | pairs | lower | mean drop | smallest | all right, by ENOUGH |\n|---|---|---|---|---|---|")
     found = table(chosen)
     for kind, drops in found.items():
         drops.sort(key=lambda entry: entry[0])
-        print(f"| {kind} | {len(drops)} | {fmean(d > 1e-9 for d, *_ in drops):.1%} | {fmean(d for d, *_ in drops):.2f} | {drops[0][0]:.2f} |")
+        right = [accuracy for _, accuracy, row, _ in drops if undecided(row)]
+        print(f"| {kind} | {len(drops)} | {fmean(d > 1e-9 for d, *_ in drops):.1%} | {fmean(d for d, *_ in drops):.2f} | "
+              f"{drops[0][0]:.2f} | {sum(right):.0f} of {len(right)} |")
+    second = second_answers(os.environ["GRPO_TEST_DATA"])
+    print(f"\nsecond answers to the same question: {sum(r['accuracy'] for r in second):.0f} of {len(second)} all right, by ENOUGH")
     for kind, drops in found.items() if "-v" in sys.argv else ():
-        for drop, row, answer in drops[:8]:
+        for drop, _, row, answer in drops[:8]:
             if drop < 0.25:
                 print(f"\n{kind} {drop:.3f}\n  Q {row['extra']['question']}\n  G {row['ground_truth'][:600]}\n  A {answer[:600]}")
