@@ -419,7 +419,7 @@ def attention(model, name, instead_of=None):
 
 def few_rows_linear(weight, bias, x):
     """x [..., in] times weight [out, in], in the order that is fast on CPU where x has few rows."""
-    product = (weight @ x.flatten(0, -2).T).T
+    product = (weight @ x.flatten(0, -2).T).T.contiguous()  # what follows may view it
     return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
 import grpo_ecg
@@ -95,6 +95,16 @@ def test_adapters_are_folded_in_while_sampling_and_the_base_stays(family, family
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_sampling_works_for_heads_that_share_no_key():
+    """As many key as query heads, as in the models of the memory test: no copy is made of the query on its way then."""
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, vocab_size=50, pad_token_id=None)).eval()
+    ids, mask, logps = evaluation.generate(model, [[5, 6, 7], [8, 9]], 2, max_new_tokens=4, stop_ids=[1], temperature=1.0,
+                                           generator=torch.Generator().manual_seed(0))
+    plain = model(torch.cat([torch.tensor([5, 6, 7]), ids[0, :2]])[None]).logits[0].log_softmax(-1)
+    assert logps[0, 0].item() == pytest.approx(plain[2, ids[0, 0]].item(), abs=1e-5)
+
+
 def test_folding_reaches_every_layer_in_fp32_and_none_in_bf16(family_folder):
     for dtype, layers in (("fp32", 7 * 3), ("bf16", 0)):
         model, _ = two_adapters(family_folder("qwen2"), dtype)
@@ -154,7 +164,7 @@ def test_the_saved_adapter_alone_gives_the_same_logits_in_a_new_process(family, 
     assert sorted(os.listdir(tmp_path / "model")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     ids = torch.arange(10, 40)[None]
     torch.save(model(ids).logits.detach(), tmp_path / "logits.pt")
-    program = (f"import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as M\n"
+    program = (f"import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM as M\n"
                f"torch.set_num_threads({torch.get_num_threads()})\n"
                f"model = PeftModel.from_pretrained(M.from_pretrained({family_folder(family)!r}, dtype=torch.float32), {str(tmp_path / 'model')!r}).eval()\n"
                f"logits = model(torch.arange(10, 40)[None]).logits\n"
