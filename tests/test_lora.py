@@ -95,9 +95,9 @@ def test_adapters_are_folded_in_while_sampling_and_the_base_stays(family, family
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_sampling_works_for_heads_that_share_no_key():
-    """As many key as query heads, as in the models of the memory test: no copy is made of the query on its way then."""
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+def test_sampling_works_where_all_heads_share_one_key():
+    """No copy is made of a query on its way then, so it must be laid out as the attention reads it."""
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     model = Qwen2ForCausalLM(Qwen2Config(**shape, vocab_size=50, pad_token_id=None)).eval()
     ids, mask, logps = evaluation.generate(model, [[5, 6, 7], [8, 9]], 2, max_new_tokens=4, stop_ids=[1], temperature=1.0,
                                            generator=torch.Generator().manual_seed(0))
