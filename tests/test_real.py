@@ -310,10 +310,11 @@ def test_smollm2_warm_start_grpo_resume_and_merge(real_model, real_data, tmp_pat
             "--encoder", real_model("minilm"), "--learning_rate", 1e-4]
     usual = grpo_medmcqa.score
 
-    def varied(text, *arguments):  # so early no sample earns anything, so nothing would be learned
-        scored = usual(text, *arguments)
-        scored["score"] += text.count("e") / 10
-        return scored
+    def varied(texts, *arguments):
+        scores = usual(texts, *arguments)
+        for text, scored in zip(texts, scores):
+            scored["score"] += text.count("e") / 10
+        return scores
 
     monkeypatch.setattr(grpo_medmcqa, "score", varied)
     assert launch(grpo_medmcqa, *grpo, "--out", tmp_path / "whole") == 0
