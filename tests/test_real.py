@@ -310,7 +310,7 @@ def test_smollm2_warm_start_grpo_resume_and_merge(real_model, real_data, tmp_pat
             "--encoder", real_model("minilm"), "--learning_rate", 1e-4]
     usual = grpo_medmcqa.score
 
-    def varied(texts, *arguments):
+    def varied(texts, *arguments):  # so early no sample earns anything, so nothing would be learned
         scores = usual(texts, *arguments)
         for text, scored in zip(texts, scores):
             scored["score"] += text.count("e") / 10
