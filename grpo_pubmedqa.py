@@ -65,8 +65,7 @@ class Config:
     kl_estimator: Literal["unbiased", "k3"] = "unbiased"  # its gradient: the KL's own, or that of the GRPO paper's form
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float = 0.2  # ... and above 1 + epsilon_high; larger than epsilon: clip-higher (DAPO)
-    # mean over a sequence / all tokens / a constant / all tokens, the ratio a constant weight of at most epsilon_high
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "grpo"
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "grpo"  # how tokens' losses become one; see grpo_loss
     importance_level: Literal["token", "sequence"] = "token"  # a ratio a token, or one a sequence (GSPO)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
     mask_truncated: bool = False  # leave truncated completions out of the loss and of its denominators
