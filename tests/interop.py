@@ -1,7 +1,7 @@
 """Other engines on our rows and rewards, for real: each in an environment of its own, run by hand on CPU.
 
     python3 -m venv verlenv && verlenv/bin/pip install verl==0.9.0 TransferQueue==0.1.8 torch==2.13.0 tyro
-    verlenv/bin/python tests/interop.py verl      README's commands validate; rows, reward function and manager, also in Ray workers
+    verlenv/bin/python tests/interop.py verl      data/README.md's commands validate; rows, reward function and manager, also in Ray workers
     python3 -m venv trlenv && trlenv/bin/pip install -r requirements.txt trl==1.16.0
     trlenv/bin/python tests/interop.py trl        the loss in 504 settings; two steps of TRL's own command, in one process and in two
     python3 -m venv lmenv && lmenv/bin/pip install -r requirements.txt "lm_eval[hf]==0.4.13"
@@ -84,7 +84,7 @@ def largest(ours, theirs):
 
 
 def verl_configs(readme):
-    """{experiment name: config} of README's verl commands: the blocks are run by bash as they stand, but with --cfg job."""
+    """{experiment name: config} of the verl commands of a README: the blocks are run by bash as they stand, but with --cfg job."""
     import yaml
     from omegaconf import OmegaConf
     blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
@@ -401,7 +401,7 @@ def negation(arguments, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=NEEDS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose commands to check (verl)")
+    parser.add_argument("--readme", type=Path, default=ROOT / "data" / "README.md", help="whose commands to check (verl)")
     parser.add_argument("--model", type=Path, default=ROOT / "data/tiny", help="a model's folder (lm_eval)")
     parser.add_argument("--rows", type=int, default=60, help="of each task (lm_eval)")
     parser.add_argument("--examples", type=int, default=0, help="sentences to show of each disagreement (negation)")

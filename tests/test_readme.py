@@ -14,6 +14,7 @@ import eval as evaluation
 import grpo_ecg
 import grpo_medmcqa
 import grpo_pubmedqa
+import real_models
 import rewards
 import sft
 from conftest import ROOT
@@ -25,7 +26,8 @@ PROSE = [README, *((ROOT / folder / "README.md").read_text(encoding="utf-8") for
 SHELL = [block for text in PROSE for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)]
 CONFIGS = {("grpo_pubmedqa.py",): grpo_pubmedqa.Config, ("grpo_medmcqa.py",): grpo_medmcqa.Config, ("grpo_ecg.py",): grpo_ecg.Config,
            ("sft.py",): sft.Config, ("eval.py",): evaluation.Config, ("eval.py", "chat"): evaluation.Chat, ("eval.py", "merge"): evaluation.Merge,
-           ("rewards.py", "train"): rewards.Train, ("-m", "data.prepare"): prepare.Config}
+           ("rewards.py", "train"): rewards.Train, ("-m", "data.prepare"): prepare.Config,
+           ("tests/real_models.py",): real_models.Config}
 FOREIGN = ("python3", "pip", "accelerate", "vllm", "lm_eval", "hf", "torchrun")
 
 
@@ -63,7 +65,9 @@ def test_every_command_names_a_script_and_flags_that_exist(arguments, capsys):
 
 
 def test_every_path_exists():
-    named = set(re.findall(r"\]\((?!http|#)([^)\s]+)\)", README)) | set(re.findall(r"`((?:data|tests)/[\w./-]+)`", README))
+    named = set(re.findall(r"`((?:data|tests)/[\w./-]+)`", "".join(PROSE)))
+    for folder, text in zip(("", "data", "tests"), PROSE):
+        named |= {os.path.normpath(os.path.join(folder, link)) for link in re.findall(r"\]\((?!http|#)([^)\s]+)\)", text)}
     made = ("data/processed",)
     assert not [path for path in named if not path.startswith(made) and not (ROOT / path).exists()]
     assert len(named) > 8
@@ -82,7 +86,7 @@ def test_every_formula_stands_in_the_script():
 
 
 def test_the_worked_example_runs_as_it_stands(tmp_path):
-    [example] = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    [example] = re.findall(r"^```python\n(.*?)^```", PROSE[1], re.M | re.S)
     assert len(example.strip().splitlines()) <= 20
     with open(tmp_path / "my_questions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
