@@ -1678,7 +1678,7 @@ def write_whole(path, text):
 def compare(before_records, after_records):
     """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for summary.json."""
     before, after = summarize(before_records), summarize(after_records)
-    paired, free_text = paired_test(before_records, after_records), "score" in before
+    paired = paired_test(before_records, after_records)
     better = "after" if paired["only_after"] > paired["only_before"] else "before"
     paired["better"] = better if paired["p_value"] < 0.05 else "neither"
     print(f"{'':20}{'before':>18}{'after':>18}")

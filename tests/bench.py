@@ -75,7 +75,7 @@ class Bench:
         if real and DEVICE.type == "cpu":  # the same code on a machine without a GPU
             shape = {**shape, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
                      "num_key_value_heads": 2, "head_dim": 16}
-        self.config = config = self.model_class.config_class(vocab_size=s["vocab"], eos_token_id=EOS, pad_token_id=0, bos_token_id=1, **shape)
+        self.config = self.model_class.config_class(vocab_size=s["vocab"], eos_token_id=EOS, pad_token_id=0, bos_token_id=1, **shape)
         generator = torch.Generator().manual_seed(1)
         spread = [round(s["prompt"][0] + (s["prompt"][1] - s["prompt"][0]) * i / max(1, s["P"] - 1)) for i in range(s["P"])]
         self.prompts = [torch.randint(3, 4000, (n,), generator=generator).tolist() for n in spread]
