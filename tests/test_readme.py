@@ -28,7 +28,7 @@ CONFIGS = {("grpo_pubmedqa.py",): grpo_pubmedqa.Config, ("grpo_medmcqa.py",): gr
            ("sft.py",): sft.Config, ("eval.py",): evaluation.Config, ("eval.py", "chat"): evaluation.Chat, ("eval.py", "merge"): evaluation.Merge,
            ("rewards.py", "train"): rewards.Train, ("-m", "data.prepare"): prepare.Config,
            ("tests/real_models.py",): real_models.Config}
-FOREIGN = ("python3", "pip", "accelerate", "vllm", "lm_eval", "hf", "torchrun")
+FOREIGN = ("python3", "pip", "accelerate", "vllm", "lm_eval", "hf", "torchrun", "ruff")
 
 
 def commands():
@@ -36,7 +36,7 @@ def commands():
     stubs = "python() { printf '%s\\0' \"$@\"; printf '\\n'; }\n" + "".join(f"{name}() {{ :; }}\n" for name in FOREIGN)
     found = []
     for block in SHELL:
-        block = re.sub(r"\S*\bbin/(python|pip)\b", r"\1", block)
+        block = re.sub(r"\S*\bbin/(python|pip|ruff)\b", r"\1", block)
         done = subprocess.run(["bash", "-ec", stubs + block], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and not done.stderr, (block, done.stderr)
         found += [line.rstrip("\0").split("\0") for line in done.stdout.split("\n") if line]
