@@ -57,7 +57,7 @@ RANGES = {
     "mu": (1, 1000),
     "beta": (0, 100),
     "ref_every": (0, 10**9),
-    "epsilon": (0, 1),
+    "epsilon": (0, 1000),
     "epsilon_high": (0, 10**6),
     "importance_cap": (0, 10**6),
     # optimiser
