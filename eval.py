@@ -1999,7 +1999,8 @@ def main(config):
         raise InputError(f"--mode {config.mode} compares given answers, and --task {config.task} has none: "
                          "--mode generated")
     folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    check_out(folder)
+    cut_off = () if (folder / "summary.json").exists() else ("eval.jsonl", "results.jsonl", "report.html")
+    check_out(folder, cut_off)  # summary.json is written last: without it they are of a result that a full disk ended
     train, heldout, counts = load_task(TASKS[config.task], config)
     rows = {"heldout": heldout, "train": train, "all": train + heldout}[config.split]
     if len(rows) < max(1, config.eval_size):

@@ -366,7 +366,7 @@ def test_the_bootstrap_of_many_rows_takes_little_memory_and_the_same_resamples()
 def test_the_sign_test_counts_differences_of_0_01_not_rounded_scores():
     before = [0.014, 0.016, 0.05, 0.504, 0.30, 0.70]
     after = [0.016, 0.014, 0.06, 0.496, 0.31, 0.30]  # +0.002, -0.002, +0.01, -0.008, +0.01, -0.4
-    records = [[{"rule": s, "score": s} for s in scores] for scores in (before, after)]
+    records = [[{"id": i, "rule": s, "score": s} for i, s in enumerate(scores)] for scores in (before, after)]
     test = evaluation.paired_test(*records)
     assert (test["only_after"], test["only_before"], test["ties"]) == (2, 1, 3)
 

@@ -26,7 +26,7 @@ from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
 
 TINY = str(ROOT / "data" / "tiny")
 QUICK = ["--model", "tiny", "--data", "builtin", "--steps", "3", "--prompts_per_step", "3", "--group_size", "4", "--eval_size", "4",
-         "--max_completion_length", "24", "--ref_every", "2", "--warmup", "0", "--limit", "200"]
+         "--max_completion_length", "48", "--ref_every", "2", "--warmup", "0", "--limit", "200"]
 QUICK_SFT = ["--model", "tiny", "--data", "builtin", "--task", "medmcqa", "--limit", "96", "--num_epochs", "1", "--eval_size", "6",
              "--batch_size", "16", "--eval_every", "2", "--save_every", "2"]
 
