@@ -1958,11 +1958,15 @@ def score_heads(config, heads, rows):
 
 
 def write_results(folder, files):
-    """Writes the files of a result, {name: text}, the mark, summary.json, last. Raises InputError."""
+    """Writes the files of a result, {name: text}, all or none of them. Raises InputError."""
+    written = []
     for name, text in files.items():
         try:
             write_whole(folder / name, text)
+            written.append(name)
         except OSError as error:
+            for other in written:  # half a result would keep the next one out of the folder
+                (folder / other).unlink()
             raise InputError(f"{folder / name} cannot be written ({error.strerror}): make room, or take "
                              "another --out, and start again") from None
 
@@ -1999,8 +2003,7 @@ def main(config):
         raise InputError(f"--mode {config.mode} compares given answers, and --task {config.task} has none: "
                          "--mode generated")
     folder = Path(config.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    cut_off = () if (folder / "summary.json").exists() else ("eval.jsonl", "results.jsonl", "report.html")
-    check_out(folder, cut_off)  # summary.json is written last: without it they are of a result that a full disk ended
+    check_out(folder)
     train, heldout, counts = load_task(TASKS[config.task], config)
     rows = {"heldout": heldout, "train": train, "all": train + heldout}[config.split]
     if len(rows) < max(1, config.eval_size):

@@ -164,7 +164,7 @@ def test_the_saved_adapter_alone_gives_the_same_logits_in_a_new_process(family, 
     assert sorted(os.listdir(tmp_path / "model")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     ids = torch.arange(10, 40)[None]
     torch.save(model(ids).logits.detach(), tmp_path / "logits.pt")
-    program = (f"import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM as M\n"
+    program = (f"import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as M\n"
                f"torch.set_num_threads({torch.get_num_threads()})\n"
                f"model = PeftModel.from_pretrained(M.from_pretrained({family_folder(family)!r}, dtype=torch.float32), {str(tmp_path / 'model')!r}).eval()\n"
                f"logits = model(torch.arange(10, 40)[None]).logits\n"
