@@ -881,25 +881,27 @@ def opposed(answer, gold):
     beside, occurring = {}, []  # of the gold answer: {(line, side, negated): neighbours}
     counts = Counter(), Counter()
     for number, text in enumerate((gold, answer)):
+        places = Counter()  # (word before, word, word behind, negated): a text may repeat itself without end
         for sentence in read(text):
-            for i, (word, status) in enumerate(sentence):
-                keys = [
-                    (line, side, status == "negated")
-                    for line, side in (*opposites().get(word, ()), *prefixed.get(word, ()))
-                ]
-                if keys:
-                    counts[number].update(keys)
-                    neighbours = {other for other, _ in sentence[max(0, i - 1) : i + 2]} - {word}
-                    for key in keys if number == 0 else ():
-                        beside.setdefault(key, set()).update(neighbours)
-                    if number:
-                        occurring.append((keys, neighbours))
+            spelled = [None, *(word for word, _ in sentence), None]
+            negated = [status == "negated" for _, status in sentence]
+            places.update(zip(spelled, spelled[1:], spelled[2:], negated))
+        for (before, word, behind, negated), times in places.items():
+            keys = [(*pole, negated) for pole in (*opposites().get(word, ()), *prefixed.get(word, ()))]
+            neighbours = {before, behind} - {word, None}
+            for key in keys:
+                counts[number][key] += times
+                if number == 0:
+                    beside.setdefault(key, set()).update(neighbours)
+            if keys and number:
+                occurring.append((keys, neighbours, times))
     there = sum(
-        any(
+        times
+        for keys, neighbours, times in occurring
+        if any(
             beside.get((line, -side, how), set()) & neighbours - beside.get((line, side, how), set())
             for line, side, how in keys
         )
-        for keys, neighbours in occurring
     )
     wanted, said = counts
     instead = max(
