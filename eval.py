@@ -20,10 +20,8 @@ talks with heads, one after the other under their names; /clear, /system TEXT, /
 makes one model of a base and an adapter, for servers: weights, tokenizer, generation config, and a card of how it was made.
 """
 import ctypes
-import fcntl
 import dataclasses
 import functools
-import hashlib
 import html
 import importlib.metadata
 import io
@@ -34,11 +32,9 @@ import os
 import re
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import uuid
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -63,10 +59,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import (WRITTEN, InputError, check_knobs, check_out, described, ecg, hub_message, load_task, medical_o1, medmcqa,
-                  one_line_errors, pubmedqa)
+from data import (TINY, InputError, check_knobs, check_out, described, hub_message, load_task, one_line_errors,
+                  out_of_memory, printable, write_whole)
+from data.prepare import TASKS
 
-TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -112,7 +108,7 @@ def pick_dtype(dtype, device):
 
 def find_model(name):
     """(what from_pretrained loads, the adapter folder to put on it or None) of a --model; raises InputError."""
-    folder = Path(__file__).parent / "data" / "tiny" if name == "tiny" else Path(name).expanduser()
+    folder = TINY if name == "tiny" else Path(name).expanduser()
     if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~" or folder.exists()):
         raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like ORG/NAME is needed)")
     source = str(folder) if folder.is_dir() else name
@@ -211,6 +207,28 @@ def read_adapter(model, folder, name, adapter_name="default"):
         return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=True).eval()
     except Exception as error:  # many types of peft, safetensors and torch, one thing to the user: not this adapter
         raise InputError(f"adapter {folder} cannot be loaded into {name} ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def load_policy(config, task):
+    """What a LoRA script trains: (model, tokenizer, compute dtype), the base with an adapter named "default".
+
+    config: of the script, whose --adapter is a folder, none, or "" for what sft.py --task TASK wrote, if anything. A
+    folder that holds a whole model (sft.py --lora_r 0) becomes the base of a fresh adapter. Raises InputError.
+    """
+    folder = Path(config.adapter or f"runs/sft-{task}/model")
+    there = config.adapter != "none" and (config.adapter or folder.exists())
+    whole = there and (folder / "config.json").exists()
+    base, tokenizer, compute = load_model(str(folder) if whole else config.model, config.dtype,
+                                          load_in_4bit=config.load_in_4bit,
+                                          attn_implementation=config.attn_implementation)
+    if there and not whole:
+        print(f"adapter: {folder}")
+        return read_adapter(base, folder, config.model), tokenizer, compute
+    missing = ""
+    if not there and not config.adapter:
+        missing = f" (there is no {folder}; python sft.py --task {task} makes one)"
+    print(f"adapter: a fresh one{missing}")
+    return new_adapter(base, config.lora_r, config.lora_alpha, config.seed), tokenizer, compute
 
 
 def adapter_base(folder):
@@ -538,12 +556,6 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     return completion_ids[:, :t + 1], completion_mask[:, :t + 1], logps[:, :t + 1]
 
 
-def out_of_memory(error):
-    """Whether an exception of torch or Python says that memory ran out, on the GPU or on CPU."""
-    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
-
-
 @contextmanager
 def memory_advice(advice):
     """Within it running out of memory ends in one line, an InputError: where it happened and which settings to change."""
@@ -641,6 +653,21 @@ def chosen_logps(model, hidden, tokens, temperature):
     if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into ChosenLogps
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     return ChosenLogps.apply(hidden, weight, tokens, temperature)
+
+
+@contextmanager
+def sparse_embedding_gradient(model):
+    """Within it lookups of embeddings give gradients as the rows looked up, not as a matrix of the vocabulary's size for
+    each pass; at its end they are one matrix. Where the embedding is frozen nothing happens.
+    """
+    embedding = model.get_input_embeddings()
+    embedding.sparse = embedding.weight.requires_grad
+    try:
+        yield
+    finally:
+        embedding.sparse = False
+        if embedding.weight.grad is not None:
+            embedding.weight.grad = embedding.weight.grad.to_dense()
 
 
 # === evaluation =======================================================================================================
@@ -1172,507 +1199,40 @@ def doctor(config, train, heldout):
     return 0 if torch.cuda.is_available() else round(peak_memory_gb() * 1e9)
 
 
+def longest_rows(config, train, heldout, libraries):
+    """For --dry_run: (training rows of a step, held-out rows of a batch, estimate_memory of them), the longest that there
+    are.
+
+    train: [(row, prompt_ids)], of sft [(prompt_ids, completion_ids)]. libraries: what doctor returned.
+    """
+    def length(item):
+        return len(item[1]) if hasattr(config, "group_size") else len(item[0]) + len(item[1])
+
+    if hasattr(config, "group_size"):
+        a_step = config.prompts_per_step
+    else:
+        a_step = config.batch_size * config.gradient_accumulation_steps
+    train = sorted(train, key=length, reverse=True)[:a_step]
+    heldout = sorted(heldout, key=lambda item: len(item[1]), reverse=True)[:config.eval_batch_size]
+    estimate = estimate_memory(config, length(train[0]), len(heldout[0][1])) | {"libraries": libraries}
+    return train, heldout, estimate
+
+
+def print_dry_run(metrics, estimate, steps):
+    """Says what a step of a dry run took. estimate: of longest_rows; steps: of the whole run, None where it counts epochs."""
+    seconds = metrics.get("generate_seconds", 0) + metrics["update_seconds"]
+    whole = f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside" if steps else ""
+    print(f"dry run: a step with the longest prompts took {seconds:.2f} s{whole}")
+    print(f"dry run: memory {metrics['peak_memory_gb']:.2f} GB at the peak, {sum(estimate.values()) / 1e9:.2f} GB "
+          f"estimated ({described_memory(estimate)})")
+
+
 def described_memory(parts):
     """The parts of estimate_memory for the console, the largest first."""
     return ", ".join(f"{name} {size / 1e9:.2g}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size)
 
 
-# === the run folder ===================================================================================================
-
-GRPO_PANELS = [
-    ("Reward", "reward per completion", {"total": "reward"}),  # and its parts
-    ("Accuracy", "share correct", {"sampled completions": "accuracy"}),
-    ("KL to the reference", "nats per token", {"KL": "kl"}),
-    ("Entropy", "nats per token", {"policy": "entropy"}),
-    ("Completion length", "tokens", {"mean": "completion_length"}),
-    ("Shares", "share",
-     {"clipped tokens": "clip_fraction", "truncated": "truncated",
-      "groups without variance": "zero_std_share"}),
-    ("Answers", "share of the samples", {})]  # a line a label; left out where answers are free text
-MAY_CHANGE = {"resume", "out", "steps", "save_every", "eval_every", "eval_batch_size", "completions_per_forward", "wandb",
-              "wandb_project"}  # on --resume
-BAD_STEPS = 3  # so many in a row whose update had to be skipped end the run
-
-
-class Run:
-    """The folder of a run: config.json, metrics.jsonl, samples.jsonl, eval_*.jsonl, summary.json, curves.png, checkpoint/."""
-
-    def __init__(self, script, config, panels=GRPO_PANELS):
-        """config: the script's dataclass; panels: of curves.png, [(title, unit, {label: metric})].
-
-        Raises InputError where the folder holds another run, or another configuration.
-        """
-        if config.resume and not config.out:
-            raise InputError("--resume needs --out DIR: the folder of the run to continue")
-        self.rehearsal = tempfile.TemporaryDirectory() if config.dry_run else None  # gone when the process ends
-        self.folder = Path(self.rehearsal.name) if config.dry_run else Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        self.script, self.panels, self.lock, self.signal, self.wandb, self.finished, self.warned = script, panels, None, None, None, False, False
-        self.identity = None  # of the run, whose checkpoints carry it
-        self.in_steps, self.saved = False, 0  # between the first step and the last; the last step in checkpoint/
-        self.skipped, self.bad_step, self.in_a_row = Counter(), None, 0  # updates a step; the last step that had one
-        self.watched, self.collapses = [], set()  # metrics of this launch; what was warned about
-        known = self.folder / "config.json"
-        check_out(self.folder, may_hold=WRITTEN)
-        try:
-            text = known.read_text() if known.exists() else ""  # empty where a run was killed making it
-            before = json.loads(text or "{}")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{known} cannot be read ({type(error).__name__}), so nobody can tell what run "
-                             "this was: take another --out") from None
-        if text:
-            if not isinstance(before, dict) or "script" not in before:
-                raise InputError(f"--out {self.folder} holds a config.json of no run: take another folder")
-            if not (self.folder / "summary.json").exists():
-                self._lock()
-            if not config.resume:
-                raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take another folder")
-            if before["script"] != script:
-                raise InputError(f"--out {self.folder} holds a run of {before['script']}.py: take another folder")
-            changed = [f"--{key} ({before[key]!r} at launch)" for key, value in json.loads(json.dumps(asdict(config))).items()
-                       if key not in MAY_CHANGE and before.get(key, value) != value]
-            if changed:
-                raise InputError(f"--resume with another value of {', '.join(changed)} would be another run: give the values "
-                                 "of the launch")
-            self.finished = (self.folder / "summary.json").exists()
-        else:
-            check_out(self.folder, may_hold=("config.json",))
-        self.config, self.launched = asdict(config), before if text else asdict(config)
-        self.config |= {"resume": False, "wandb": "disabled"} if config.dry_run else {}
-        self.schedule_steps = self.launched.get("steps")  # of the learning rate: fixed at launch
-
-    def open(self, train=(), heldout=()):
-        """Called once the input is known to be good: makes the folder, catches signals, starts wandb if
-        asked.
-
-        train, heldout: the rows that are used; their fingerprint goes into config.json. Raises InputError
-        where --resume comes with others.
-        """
-        rows = {"training": fingerprint(train), "held-out": fingerprint(heldout)}
-        known = self.launched.get("rows", rows) if self.lock else rows
-        if known != rows:
-            known = known if isinstance(known, dict) else {}
-            other = " and ".join(side for side in rows if known.get(side) != rows[side])
-            raise InputError(f"--resume with other {other} rows than at launch would be another run: give "
-                             "the launch's --data as it was then, or take another --out")
-        if not self.lock:
-            self.launched = {**self.config, "script": self.script, "rows": rows}
-        if "rows" in self.launched:  # else a run from before there were fingerprints
-            fixed = {key: value for key, value in self.launched.items() if key not in MAY_CHANGE}
-            self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.lock:
-                self._lock()
-                if (self.folder / "config.json").stat().st_size:  # since this process looked
-                    raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take another folder")
-                try:
-                    self.lock.write((json.dumps(self.launched, indent=1) + "\n").encode())
-                except OSError:
-                    self.lock.truncate(0)  # half of it would block the folder
-                    raise
-        except OSError as error:
-            raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
-        signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGTERM, self._stop)
-        if self.config["wandb"] != "disabled":
-            import wandb  # seconds to import, and only when asked for
-            identity = self.folder / "wandb_id"
-            if not identity.exists():
-                identity.write_text(uuid.uuid4().hex[:8])
-            self.wandb = wandb.init(project=self.config["wandb_project"], mode=self.config["wandb"], dir=str(self.folder),
-                                    config=self.config, name=self.folder.name, id=identity.read_text(), resume="allow")
-
-    def _lock(self):
-        """Holds a lock on config.json while this process lives: the kernel lets go of it, however the process ends."""
-        try:
-            self.lock = open(self.folder / "config.json", "ab", buffering=0)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--out {self.folder}: another run is at work in it: wait for its end or stop it, or take another folder") from None
-        except OSError as error:
-            if not self.lock:
-                raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
-            print(f"{self.folder} has no file locks ({error.strerror}): see to it yourself that no second run works in it")
-
-    def close(self):
-        """Lets go of the lock and of the signals."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.lock:
-            self.lock.close()
-
-    def steps(self, first, last):
-        """The numbers first to last. A SIGINT or SIGTERM waits for the end of the step while they run, and ends the process at once
-        before and after, in an evaluation say, where nothing would be lost."""
-        self.in_steps = True
-        yield from range(first, last + 1)
-        self.in_steps = False
-        self.stop_if_asked(None, last)  # came after the last step was saved
-
-    def _stop(self, number, frame):
-        self.signal = number
-        if not self.in_steps:
-            self.stop_if_asked(None, self.saved)
-        signal.signal(number, signal.SIG_DFL)  # a second one quits at once
-        tqdm.write("stopping: this step is finished and saved first (again to quit at once)", file=sys.stderr)
-
-    def log(self, name, record):
-        """Appends a line to NAME.jsonl; metrics go to wandb too."""
-        with self._writing(f"{name}.jsonl"), open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if self.wandb and name == "metrics":
-            self.wandb.log(record, step=record["step"])
-        if name == "metrics" and any(key.startswith("eval_") for key in record):
-            self.curves()  # a long run can be looked at while it goes on
-        if self.rehearsal and name == "metrics" and record["step"] == 2:  # the first one warmed up
-            self.end_rehearsal(record)
-
-    def report(self, bar, metrics, group):
-        """One step: metrics.jsonl and the bar always; now and then a line, samples.jsonl, and a completion to read."""
-        step, steps = metrics["step"], self.config["steps"]
-        self.log("metrics", metrics)
-        self.warn_of_collapse(bar, metrics)
-        bar.set_postfix_str(f"reward {metrics['reward']:.2f}, accuracy {metrics['accuracy']:.2f}, kl {metrics['kl']:.3f}, "
-                            f"{metrics['completion_length']:.0f} tokens")
-        if step == 1 or step % max(1, steps // 20) == 0:
-            heldout = f"  held-out {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
-            bar.write(f"step {step:4}  reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}{heldout}  kl "
-                      f"{metrics['kl']:.4f}  entropy {metrics['entropy']:.3f}  tokens {metrics['completion_length']:.0f}  "
-                      f"{metrics['generate_seconds'] + metrics['update_seconds']:.1f} s")
-            self.log("samples", {"step": step, "id": group["row"]["id"], "prompt": group["row"]["prompt"],
-                                 "ground_truth": group["row"]["ground_truth"], "completions": group["texts"],
-                                 "rewards": group["rewards"].tolist()})
-        if step == 1 or step % max(1, steps // 4) == 0:
-            text = f"{group['row']['extra']['question']} ({group['row']['ground_truth']})\n{group['texts'][0][:600]}"
-            bar.write(printable(text).replace("\n", "\n    | ") + f"\n    reward {group['rewards'][0]:.1f}")
-
-    def warn_if_parted(self, bar, window=20):
-        """Says once when, from one window of steps to the next, the learned reward rose and the rule reward fell: it is being gamed."""
-        records = self.read_records("metrics")[-2 * window:]
-        if self.warned or len(records) < 2 * window:
-            return
-        (learned, rule) = (fmean(r[f"reward_{name}"] for r in records[window:]) - fmean(r[f"reward_{name}"] for r in records[:window])
-                           for name in ("learned", "rule"))
-        if learned > 0.02 and rule < -0.02:
-            self.warned = True
-            bar.write(f"WARNING: over the last {window} steps the reward model's score rose by {learned:.3f} while the rules' fell by "
-                      f"{-rule:.3f}: it is being gamed. Lower --learned_weight, raise --beta, or train the reward model on such answers")
-
-    def stop_if_asked(self, bar, step):
-        """Ends the process with 128 + signal after a SIGINT or SIGTERM; call it right after save_checkpoint."""
-        if self.signal:
-            if bar:
-                bar.close()
-                self.curves()
-            self.close()
-            print(f"stopped after step {step}; to go on, repeat the command with --out {self.folder} --resume")
-            sys.exit(128 + self.signal)
-
-    def write_records(self, name, records):
-        """NAME.jsonl at once, a line a record."""
-        self._write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-
-    def _write(self, name, text):
-        """Writes a file under another name and renames it: whenever the process is killed, the file is the old or the new one."""
-        with self._writing(name):
-            (self.folder / f"{name}.new").write_text(text, encoding="utf-8")
-            synced(self.folder / f"{name}.new").rename(self.folder / name)
-
-    @contextmanager
-    def _writing(self, name):
-        """Within it a full disk and the like end in one line, an InputError: what is lost, what is not, what to do."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of the former
-            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0][:200]
-            kept = f"the checkpoint of step {self.saved} is whole, make room and go on with --resume" if self.saved else (
-                "there was no checkpoint yet")
-            raise InputError(f"{self.folder / name} cannot be written ({reason}): {kept}") from error
-
-    def read_records(self, name):
-        """The records of NAME.jsonl."""
-        return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    def read_before(self, heldout):
-        """The records of eval_before.jsonl; raises InputError unless they are about heldout's questions,
-        (row, ...) each.
-        """
-        file, wrong = self.folder / "eval_before.jsonl", "is about other questions than the run's"
-        try:
-            records = self.read_records("eval_before")
-            summarize(records)
-            if [record["id"] for record in records] == [row["id"] for row, *_ in heldout]:
-                return records
-        except (OSError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
-            wrong = f"is damaged ({type(error).__name__})" if file.exists() else "is missing"
-        raise InputError(f"{file} {wrong}, so before and after cannot be compared: put back a copy, or delete"
-                         f" {self.folder}/checkpoint to start again from the first step")
-
-    def save_checkpoint(self, state):
-        """Replaces checkpoint/ by `state` (a dict of tensors and numbers); the old one stays until the new one is whole and on disk."""
-        new, current, old = (self.folder / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            with self._writing("checkpoint.new"):
-                new.mkdir()
-                with open(new / "state.pt", "wb") as file:
-                    torch.save({**state, "run": self.identity}, file)
-                for path in (new / "state.pt", new, *self.folder.glob("*.jsonl")):  # a full disk may only say so now
-                    synced(path)
-        except InputError:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        if current.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            current.rename(old)
-        new.rename(current)
-        synced(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-        self.saved = state["step"]
-
-    def load_checkpoint(self):
-        """The last whole checkpoint, or None; lines of the logs that belong to later steps are cut off."""
-        state, broken = None, []
-        for file in [self.folder / name / "state.pt" for name in ("checkpoint", "checkpoint.old")] if self.config["resume"] else ():
-            if file.exists() and state is None:
-                try:
-                    state, found = torch.load(file, map_location="cpu", weights_only=True), file
-                except Exception as error:  # cut short or damaged: torch, zip and pickle have a dozen types for it
-                    if out_of_memory(error):
-                        raise
-                    broken.append(file)
-                    print(f"{file} cannot be read, it is cut short or damaged ({type(error).__name__})")
-        if broken and state is None:
-            raise InputError(f"{broken[0]} cannot be read, and no other checkpoint is there: delete {broken[0].parent} to start again "
-                             "from the first step, or put back a copy")
-        own = isinstance(state, dict) and "step" in state and state.get("run") == self.identity
-        if state is not None and not own:
-            raise InputError(f"{found} is no checkpoint of this run: put back its own, or delete "
-                             f"{found.parent} to start again from the first step")
-        for file in broken:  # so that the whole one, checkpoint.old, is kept until the next is complete
-            shutil.rmtree(file.parent)
-        if state:
-            self.saved = state["step"]
-            if self.config.get("completions_per_forward") != self.launched.get("completions_per_forward"):
-                state["completions_per_forward"] = self.config["completions_per_forward"]  # the user's word beats what was halved
-        for name in ("metrics", "samples"):
-            file = self.folder / f"{name}.jsonl"
-            if file.exists():
-                records = []
-                for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError:
-                        break  # half a last line, written when the run was killed
-                    if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-                        break
-                    records.append(record)
-                self.write_records(name, [record for record in records if state and record["step"] <= state["step"]])
-        return state
-
-    # --- dry run
-
-    def rehearse(self, config, train, heldout, libraries):
-        """For --dry_run: the longest rows of a step, and a batch of the evaluation; two steps will be made. Estimates the memory.
-
-        train: (row, prompt_ids), of sft (prompt_ids, completion_ids). libraries: what doctor returned.
-        """
-        grpo = hasattr(config, "group_size")
-        length = (lambda item: len(item[1])) if grpo else lambda item: sum(map(len, item))
-        a_step = config.prompts_per_step if grpo else config.batch_size * config.gradient_accumulation_steps
-        train = sorted(train, key=length, reverse=True)[:a_step]
-        heldout = sorted(heldout, key=lambda item: len(item[1]), reverse=True)[:config.eval_batch_size]
-        self.estimate = estimate_memory(config, length(train[0]), len(heldout[0][1])) | {"libraries": libraries}
-        config.eval_every = 0
-        setattr(config, "steps" if hasattr(config, "steps") else "num_epochs", 3)
-        return train, heldout
-
-    def end_rehearsal(self, record):
-        """Says what the second step of a dry run took, and ends the process."""
-        seconds, peak, estimate = record.get("generate_seconds", 0) + record["update_seconds"], record["peak_memory_gb"], sum(self.estimate.values())
-        steps = self.config.get("steps")  # sft counts epochs
-        whole = f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside" if steps else ""
-        print(f"dry run: a step with the longest prompts took {seconds:.2f} s{whole}")
-        print(f"dry run: memory {peak:.2f} GB at the peak, {estimate / 1e9:.2f} GB estimated ({described_memory(self.estimate)})")
-        self.close()
-        self.rehearsal.cleanup()
-        sys.exit(0)
-
-    # --- guards: a step that goes wrong
-
-    def sound(self, step, numbers, groups, scaler):
-        """Whether all that an update hangs on is finite; else it must be skipped. The batch is then in bad_batch_STEP.json, and the
-        third such step in a row ends the run.
-
-        numbers: {"loss": ..., "gradient": norm}. groups: dicts of what was trained on. An infinite gradient in fp16 is no fault: the
-        scaler is still looking for its scale, and lowers it.
-        """
-        bad = [name for name in ("rewards", "advantages", "ref_logps", "old_logps")
-               if any(name in group and not group[name].isfinite().all() for group in groups)]
-        bad += [name for name, value in numbers.items() if not math.isfinite(value)]
-        if not bad:
-            return True
-        self.skipped[step] += 1
-        if bad == ["gradient"] and scaler.is_enabled() and scaler.get_scale() > 1 or step == self.bad_step:
-            return False
-        self.in_a_row = self.in_a_row + 1 if self.bad_step == step - 1 else 1
-        self.bad_step, file = step, self.folder / f"bad_batch_{step}.json"
-        if len(list(self.folder.glob("bad_batch_*.json"))) < 10:
-            batch = [{key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in group.items()} for group in groups]
-            self._write(file.name, json.dumps({"step": step, "not_finite": bad, **numbers, "batch": batch}) + "\n")
-        words = f"step {step}: {' and '.join(bad).replace('_', ' ')} not finite (NaN or infinite), the update is skipped; the batch is in {file}"
-        tqdm.write(f"WARNING: {words}", file=sys.stderr)
-        if self.in_a_row == BAD_STEPS:
-            advice = "look there for what the reward function made of the texts" if bad[0] == "rewards" else (
-                "lower --learning_rate or --max_grad_norm, or try --dtype bf16 or fp32")
-            kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
-            raise InputError(f"{words}, as in the {BAD_STEPS - 1} steps before it: {advice}{kept}")
-        return False
-
-    def fit(self, config, optimizer, attempt):
-        """attempt(), again with config.completions_per_forward halved each time memory runs out: slower, but the same gradient."""
-        while True:
-            try:
-                return attempt()
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-            size = config.completions_per_forward or config.group_size
-            if size == 1:
-                raise InputError("out of memory with --completions_per_forward 1 too: lower --max_completion_length or --max_prompt_length"
-                                 + ", take --load_in_4bit" * hasattr(config, "load_in_4bit") + ", a smaller --model, or --beta 0, which needs no reference")
-            optimizer.zero_grad()  # and out of the except block, where the failed attempt's tensors are free
-            torch.cuda.empty_cache()
-            config.completions_per_forward = size // 2
-            tqdm.write(f"out of memory: going on with --completions_per_forward {size // 2} (slower, the same gradient)", file=sys.stderr)
-
-    def warn_of_collapse(self, bar, metrics, window=10):
-        """Says once each when the policy leaves its reference, stops trying, or finds nothing to learn from; and the knob to turn."""
-        self.watched.append(metrics)
-        last, warnings = self.watched[-window:], {}
-        if len(self.watched) == 3 and all(record["zero_std_groups"] == self.config["prompts_per_step"] for record in last):
-            warnings["reward"] = (f"in the first 3 steps all completions of a group earned the same (reward {metrics['reward']:.2f}, "
-                                  f"accuracy {metrics['accuracy']:.2f}), so there was nothing to learn: type --group_size "
-                                  f"{2 * self.config['group_size']} --temperature {self.config['temperature'] + 0.2:.1f}, take "
-                                  "questions that are neither too easy nor too hard, or a warm start by sft.py")
-        if len(last) < window:
-            self.warn_once(bar, metrics["step"], warnings)
-            return
-        kl, entropy, accuracy = (fmean(record[key] for record in last) for key in ("kl", "entropy", "accuracy"))
-        if sorted(record["kl"] for record in last)[window // 2] > 0.5:
-            warnings["kl"] = (f"the policy has left its reference (KL {kl:.2f} nats per token): raise --beta, lower --learning_rate, or renew "
-                              "the reference more often (--ref_every)")
-        if entropy < 0.1 * fmean(record["entropy"] for record in self.watched[:window]) and entropy < 0.05 and accuracy < 0.8:
-            warnings["entropy"] = (f"the entropy has collapsed ({entropy:.3f} nats): the policy says the same again and again, at accuracy "
-                                   f"{accuracy:.2f}; lower --learning_rate, raise --temperature, --epsilon_high or --beta")
-        if all(record["zero_std_groups"] == self.config["prompts_per_step"] for record in last):
-            warnings["reward"] = (f"in {window} steps no group had two different rewards, so there was nothing to learn: raise --group_size or "
-                                  "--temperature, or take questions that are neither too easy nor too hard")
-        labels = {key.removeprefix("gold_share_"): fmean(record[key] for record in last)
-                  for key in metrics if key.startswith("gold_share_")}
-        given = {label: fmean(record[f"label_share_{label}"] for record in last) for label in labels}
-        most, parsed = max(given, key=given.get, default=""), sum(given.values())
-        if parsed >= 0.1 and given[most] > 0.95 * parsed and labels[most] < 0.9:
-            warnings["labels"] = (
-                f"answers are nearly all {most!r}: {given[most] / parsed:.1%} of those that could be read in "
-                f"{window} steps, while it is right for {labels[most]:.1%} of the questions; raise "
-                "--prompts_per_step or --beta, or lower --learning_rate")
-        self.warn_once(bar, metrics["step"], warnings)
-
-    def warn_once(self, bar, step, warnings):
-        """Writes those of the warnings, {name: text}, whose name was not warned of before."""
-        for name in warnings.keys() - self.collapses:
-            bar.write(f"WARNING: step {step}: {warnings[name]}")
-            self.collapses.add(name)
-
-    def curves(self):
-        """Draws curves.png from metrics.jsonl: what a person would look at first."""
-        records = self.read_records("metrics") if (self.folder / "metrics.jsonl").exists() else []
-        if not records:
-            return
-        from matplotlib.figure import Figure  # a second to import
-
-        points = [(record["step"], record["eval_accuracy"]) for record in records if "eval_accuracy" in record]
-        for name, step in (("eval_before", 0), ("eval_after", records[-1]["step"])):
-            if (self.folder / f"{name}.jsonl").exists():
-                points.append((step, summarize(self.read_records(name))["accuracy"]))
-        for record in records if self.panels is GRPO_PANELS else ():
-            record["zero_std_share"] = record["zero_std_groups"] / self.config["prompts_per_step"]
-        shares = [key for key in records[-1] if key.startswith("label_share_")
-                  and any(record.get(key) for record in records)]
-        panels = [panel for panel in self.panels if panel[0] != "Answers" or shares]
-        lines, columns = math.ceil(len(panels) / 4), min(len(panels), 3 if len(panels) % 3 == 0 else 4)
-        figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
-        axes = figure.subplots(lines, columns).flat
-        for axis in axes[len(panels):]:
-            axis.set_visible(False)
-        for axis, (title, unit, series) in zip(axes, panels):
-            if title == "Reward":
-                parts = [key for key in records[0] if key.startswith("reward_") and key != "reward_std"]
-                series = {**series, **{key.removeprefix("reward_"): key for key in parts}}
-            if title == "Answers":
-                series = {key.removeprefix("label_share_"): key for key in shares}
-            for name, key in series.items():
-                steps = [record["step"] for record in records if key in record]
-                values = [record[key] for record in records if key in record]
-                window = max(1, len(values) // 20)
-                smooth = [fmean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
-                colour = axis.plot(steps, values, alpha=0.25, linewidth=1)[0].get_color()
-                axis.plot(steps, smooth, color=colour, linewidth=2, label=name)
-            if title == "Accuracy":
-                axis.plot(*zip(*sorted(points)), "ko-", markersize=5, linewidth=1, label="held out, greedy") if points else None
-                axis.set_ylim(0, 1.02)
-            if title == "Answers":
-                axis.set_ylim(0, 1.02)
-            if title == "Reward":
-                axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-            axis.set_title(title, fontsize=13)
-            axis.set_xlabel("step")
-            axis.set_ylabel(unit)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=9)
-        with self._writing("curves.png"):
-            figure.savefig(self.folder / "curves.png.new", format="png", dpi=80)
-            (self.folder / "curves.png.new").rename(self.folder / "curves.png")
-
-    def finish(self, summary):
-        """Draws the curves, writes summary.json, which marks the run as finished, and closes wandb."""
-        self.curves()
-        self._write("summary.json", json.dumps(summary, indent=1) + "\n")
-        self.close()
-        print(f"written: {self.folder}/ ({', '.join(sorted(path.name for path in self.folder.iterdir()))})")
-        if self.wandb:
-            self.wandb.summary.update(summary)
-            self.wandb.finish()
-
-
-def fingerprint(rows):
-    """{"n", "sha256"} of rows: of all that is in them, in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return {"n": len(rows), "sha256": digest.hexdigest()}
-
-
-def synced(path):
-    """The path, once what it holds is on the disk itself: then it outlives a power cut too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return path
-
-
-def write_whole(path, text):
-    """Writes a file aside and renames it: `path` is the old one or the whole new one. Raises OSError."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        synced(new).rename(path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+# === console and metrics of the scripts =====================================================================
 
 
 def compare(before_records, after_records):
@@ -1735,7 +1295,8 @@ def rollout_metrics(groups):
     lengths = torch.cat([group["lengths"] for group in groups])
     parts = [key for key in scores[0] if key not in ("score", "accuracy", "format_ok", "answer")]
     return {"reward": fmean(s["score"] for s in scores), **{f"reward_{key}": fmean(s[key] for s in scores) for key in parts},
-            "reward_std": fmean(group["rewards"].std().item() for group in groups),
+            "reward_std": fmean(torch.tensor([s["score"] for s in group["scores"]], dtype=torch.float64).std().item()
+                                for group in groups),
             "zero_std_groups": sum(group["zero_std"] for group in groups), "accuracy": fmean(s["accuracy"] for s in scores),
             "completion_length": lengths.float().mean().item(),
             "truncated": torch.cat([group["truncated"] for group in groups]).float().mean().item(),
@@ -1762,11 +1323,6 @@ def peak_memory_gb():
     if status.exists():  # not getrusage's figure, which begins with the size of the process that started this one
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def printable(text):
-    """Model output for the terminal: control characters (escape codes) replaced."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def versions():

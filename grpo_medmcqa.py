@@ -7,20 +7,21 @@
     python grpo_medmcqa.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes needed)
     python grpo_medmcqa.py --help          every knob
 
-The method is that of grpo_pubmedqa.py (Shao et al. 2024, arXiv:2402.03300) with the changes of DAPO (arXiv:2503.14476):
-the ratio may rise further than it may fall (clip-higher), the loss is a mean over all tokens of the rollout, groups
-whose rewards are all equal make room for others, truncated completions are left out. Only a LoRA adapter is trained
-(Hu et al. 2021, arXiv:2106.09685); the reference is a second, frozen adapter on the same base model, which is in memory
-once. The reward: 1.0 for the right option alone in its block, up to 0.4 for reasoning that says what the explanation
-says, 0.05 for each tag in its place.
+The method is that of grpo_pubmedqa.py (Shao et al. 2024, arXiv:2402.03300) with the changes of DAPO
+(arXiv:2503.14476): the ratio may rise further than it may fall (clip-higher), the loss is a mean over all
+tokens of the rollout, groups whose rewards are all equal make room for others, truncated completions are left
+out. Only a LoRA adapter is trained (Hu et al. 2021, arXiv:2106.09685); the reference is a second, frozen
+adapter on the same base model, which is in memory once. The reward: 1.0 for the right option alone in its
+block, up to 0.4 for reasoning that says what the explanation says, 0.05 for each tag in its place.
 
-Look at the reward and the held-out accuracy, not at the loss: the advantages of a group sum to zero, so the loss of
-the first epoch stands near 0 however well training goes. What this file leaves out: several GPUs, an inference engine.
+Look at the reward and the held-out accuracy, not at the loss: the advantages of a group sum to zero, so the
+loss of the first epoch stands near 0 however well training goes. What this file leaves out: several GPUs, an
+inference engine.
 """
 import random
+import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,6 +32,7 @@ from transformers import DynamicCache
 
 import eval as evaluation
 from data import load_task, medmcqa, one_line_errors
+from data.run import Run, not_finite, retry_with_less_memory
 
 GPU = torch.cuda.is_available()
 
@@ -40,16 +42,19 @@ class Config:
     """GRPO on MedMCQA: a LoRA adapter trained on four-option medical questions."""
 
     # --- model
-    model: str = "Qwen/Qwen3-4B-Base" if GPU else "tiny"  # the base: hub id, model folder, or tiny (the built-in model)
+    # the base: hub id, folder, or tiny (the built-in model)
+    model: str = medmcqa.BASE_MODEL if GPU else "tiny"
     adapter: str = ""  # LoRA adapter to start from ("" = runs/sft-medmcqa/model, none = a fresh one)
     lora_r: int = 16  # rank of a fresh adapter
     lora_alpha: int = 32  # its scale: the adapter's product counts alpha / r times
     load_in_4bit: bool = False  # quantise the base through bitsandbytes
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the base; the adapter is fp32. auto: bf16, or fp16
+    # of the base; the adapter is fp32. auto: bf16, or fp16
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attn_implementation: str = "sdpa"  # attention kernel of transformers
     # --- data
-    data: str = "hub" if GPU else "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or prepared folder
-    cop_base: Literal["auto", "0", "1"] = "auto"  # the number of option A in `cop` (auto: told from the values)
+    data: str = "hub" if GPU else "builtin"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or folder
+    # the number of option A in `cop` (auto: told from the values)
+    cop_base: Literal["auto", "0", "1"] = "auto"
     question_field: str = ""  # field of your own file that holds the question ("" = question)
     answer_field: str = ""  # ... the number of the right option ("" = cop)
     system_prompt: str = ""  # file with a system prompt instead of the built-in one
@@ -60,32 +65,40 @@ class Config:
     group_size: int = 8  # completions per prompt (G)
     max_prompt_length: int = 1024  # tokens; rows with a longer prompt are left out, and counted
     max_completion_length: int = 300  # tokens; longer completions are cut and count as truncated
-    stop_strings: tuple[str, ...] = ()  # texts that end a completion, for base models that do not stop: </SOLUTION>
+    # texts that end a completion, for base models that do not stop: </SOLUTION>
+    stop_strings: tuple[str, ...] = ()
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
-    resample_zero_std: int = 1  # draw up to so many extra batches to replace groups whose rewards are all equal
+    # draw up to so many extra batches to replace groups whose rewards are all equal
+    resample_zero_std: int = 1
     # --- reward
     correct_weight: float = 1.0  # for the right option, alone in its one block
     similarity_weight: float = 0.4  # for reasoning that says what the explanation says
     tag_weight: float = 0.05  # for each of the four tags that stands once and in its place
-    similarity: Literal["auto", "embeddings", "overlap"] = "auto"  # how: by embeddings where the encoder can be had
+    # how: by embeddings where the encoder can be had
+    similarity: Literal["auto", "embeddings", "overlap"] = "auto"
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"  # whose embeddings: hub id or folder
     # --- loss
     mu: int = 1  # optimiser epochs over a rollout
     beta: float = 0.01  # weight of the KL to the reference; 0: no reference is made
     ref_every: int = 64  # steps after which the reference becomes a copy of the policy (0 = never)
-    kl_estimator: Literal["unbiased", "k3"] = "unbiased"  # its gradient: the KL's own, or that of the GRPO paper's form
+    # its gradient: the KL's own, or that of the GRPO paper's form
+    kl_estimator: Literal["unbiased", "k3"] = "unbiased"
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float = 0.28  # ... and above 1 + epsilon_high; larger than epsilon: clip-higher (DAPO)
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"  # how tokens' losses become one; see grpo_loss
+    # how tokens' losses become one; see grpo_loss
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"
     importance_level: Literal["token", "sequence"] = "token"  # a ratio a token, or one a sequence (GSPO)
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides the advantages
+    # whose standard deviation divides the advantages
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     mask_truncated: bool = True  # leave truncated completions out of the loss and of its denominators
-    importance_cap: float = 0.0  # > 0: weigh tokens by min(trainer / sampler probability, cap); for bf16 and fp16
+    # > 0: weigh tokens by min(trainer / sampler probability, cap); for bf16 and fp16
+    importance_cap: float = 0.0
     # --- optimiser
     learning_rate: float = 1e-5  # peak of AdamW's
     warmup: float = 0.1  # share of the steps in which the rate rises; then it falls to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    completions_per_forward: int = 0  # completions of a group in a forward pass (0 = all); less memory, same gradient
+    # completions of a group in a forward pass (0 = all); less memory, same gradient
+    completions_per_forward: int = 0
     # --- evaluation
     eval_size: int = 200  # held-out questions scored before and after
     eval_every: int = 50  # also score them every so many steps (0 = only before and after)
@@ -101,8 +114,8 @@ class Config:
 
 
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
-TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-3, ref_every=20, max_completion_length=64, eval_every=20,
-            similarity="overlap")
+TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-3, ref_every=20, max_completion_length=64,
+            eval_every=20, similarity="overlap")
 
 
 def score(texts, rows, config):
@@ -112,118 +125,22 @@ def score(texts, rows, config):
                                         tag_weight=config.tag_weight, encoder=config.encoder)
 
 
-# === shared: algorithm ================================================================================================
-# Pure functions, the same to the letter in the three scripts. P prompts, G completions of each, T tokens at most.
+def group_rewards(scores, config):
+    """Rewards [G] of a group, of which the advantages are made, from the scores of its completions."""
+    return torch.tensor([scored["score"] for scored in scores], dtype=torch.float64)
 
 
-def group_advantages(rewards, scale_rewards):
-    """Advantages [P, G] of rewards [P, G]: how much better than its group each completion did.
-
-    Divided by the standard deviation (n - 1) of the group, of the batch, or by nothing (Dr. GRPO, arXiv:2503.20783).
-    """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if scale_rewards == "none":
-        return centred
-    std = rewards.std(dim=1, keepdim=True) if scale_rewards == "group" else rewards.std()
-    return centred / (std + 1e-4)
-
-
-def prompt_cache(model, prompt_ids):
-    """Keys and values of a prompt, [S] ids, of all tokens but the last: a flat list of [1, KV heads, S - 1, d].
-
-    The G completions of a group share their prompt, so it is computed once for all of them, here. Differentiable.
-    """
-    cache = DynamicCache()
-    model.get_decoder()(prompt_ids[None, :-1], past_key_values=cache, use_cache=True)
-    return [x for keys, values, _ in cache for x in (keys, values)]
-
-
-def length_parts(completion_mask, size):
-    """Cuts a group into parts of alike lengths, at most `size` completions each: [(places, length)], the longest first.
-
-    completion_mask [G, T]. A part is padded to its longest completion, and is a pass of its own, which costs about as
-    much as 32 tokens: the cuts are those with the least cost together. Completions that no loss counts are left out.
-    """
-    positions = torch.arange(1, completion_mask.shape[1] + 1, device=completion_mask.device)
-    lengths = (completion_mask * positions).amax(dim=1).tolist()  # up to the last token that counts
-    order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: -lengths[i])
-    cheapest = [(0, [])]  # of the first n completions: tokens, and the parts
-    for end in range(1, len(order) + 1):
-        cheapest.append(min((cheapest[start][0] + lengths[order[start]] * (end - start) + 32,
-                             [*cheapest[start][1], order[start:end]]) for start in range(max(0, end - size), end)))
-    return [(torch.tensor(part, device=completion_mask.device), lengths[part[0]]) for part in cheapest[-1][1]]
-
-
-def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
-    """Log-probabilities of completions of one prompt, token by token, and the entropy of each choice.
-
-    prompt: prompt_cache(model, prompt_ids); completion_ids [G, T], padded on the right. Returns logps and entropy, both
-    [G, T], fp32, in nats; logps is differentiable in the model and in `prompt`. No mask is needed: under causal
-    attention padding comes after everything that counts, and its own values are masked in the loss.
-    """
-    group = [x.expand(len(completion_ids), -1, -1, -1) for x in prompt]
-    inputs = torch.cat([prompt_ids[-1:].expand(len(completion_ids), 1), completion_ids[:, :-1]], dim=1)
-    with evaluation.attention(model, "group", instead_of="sdpa"):  # the same, without copies of keys for the heads that share them
-        hidden = model.get_decoder()(inputs, past_key_values=DynamicCache(zip(group[::2], group[1::2])), use_cache=True)[0]
-    logps, entropy = evaluation.chosen_logps(model, hidden.flatten(0, 1), completion_ids.flatten(), temperature)
-    return logps.view_as(completion_ids), entropy.view_as(completion_ids)
-
-
-def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens,
-              max_completion_length, epsilon, epsilon_high, beta, loss_type, importance_level,
-              kl_estimator="unbiased", weights=None):
-    """GRPO loss of some completions of a rollout, and sums over their tokens of what one wants to watch.
-
-    logps, old_logps, ref_logps (None where beta = 0), completion_mask, weights (importance weights, or None): [G, T];
-    advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of the whole
-    rollout, so the losses of its parts add up to its loss, however it is cut. Returns (loss, sums of kl, clip_fraction).
-
-    The numbers are TRL 1.16's for loss_type grpo, dapo, dr_grpo and cispo, token and sequence level, with
-    kl_estimator "unbiased" for its use_bias_correction_kl=True and "k3" for False. One difference is on purpose: at
-    sequence level "unbiased" takes the token's ratio, where TRL takes the sequence's (its issue 6594).
-    """
-    mask = completion_mask.float()
-    advantages = advantages[:, None]
-    token_ratio = (logps - old_logps).exp()
-    ratio = token_ratio
-    if importance_level == "sequence":  # GSPO, arXiv:2507.18071: the geometric mean of the token ratios
-        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        ratio = (((logps - old_logps) * mask).sum(dim=1, keepdim=True) / lengths).exp()
-    too_high = (ratio > (epsilon_high if loss_type == "cispo" else 1 + epsilon_high)) & (advantages > 0)
-    if loss_type == "cispo":  # arXiv:2506.13585: the ratio, capped, is a constant weight; no token loses its gradient
-        token_loss = -ratio.clamp(max=epsilon_high).detach() * advantages * logps
-        was_clipped = too_high
-    else:
-        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-        token_loss = -torch.min(ratio * advantages, clipped * advantages)  # PPO, arXiv:1707.06347, eq. 7
-        was_clipped = too_high | ((ratio < 1 - epsilon) & (advantages < 0))
-    if weights is not None:
-        token_loss = token_loss * weights
-    kl = torch.zeros_like(logps)
-    if beta:
-        kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1  # k3 of http://joschu.net/blog/kl-approx.html
-        if kl_estimator == "unbiased":  # with the ratio its mean gradient is the reverse KL's, arXiv:2510.01555
-            token_loss = token_loss + beta * token_ratio * kl
-        else:
-            token_loss = token_loss + beta * kl
-    token_loss = token_loss * mask
-    if loss_type == "grpo":  # mean over each sequence's tokens, then over sequences
-        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_sequences
-    elif loss_type in ("dapo", "cispo"):  # mean over all tokens, arXiv:2503.14476
-        loss = token_loss.sum() / num_tokens
-    else:  # dr_grpo: over a constant, so that long answers weigh no less
-        loss = token_loss.sum() / (num_sequences * max_completion_length)
-    return loss, {"kl": (kl.detach() * mask).sum().item(), "clip_fraction": (was_clipped * mask).sum().item()}
-
-
-# === end shared =======================================================================================================
+# === shared: algorithm ======================================================================================
+# The same to the letter in the three scripts, in the order of a step. P prompts, G completions of each, at
+# most T tokens long. What a completion earns is the task's: `score` and `group_rewards`, above.
 
 
 def question_stream(rows, seed, position):
     """Endless rows, shuffled anew each epoch. The order hangs on the seed alone, so a resumed run goes on."""
     while True:
         epoch, start = divmod(position, len(rows))
-        for index in random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))[start:]:
+        order = random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))
+        for index in order[start:]:
             position += 1
             yield rows[index]
 
@@ -240,32 +157,96 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
     batch = [next(questions) for _ in range(config.prompts_per_step)]
     with evaluation.autocast(compute):
         completion_ids, completion_mask, sampler_logps = evaluation.generate(
-            model, [prompt_ids for _, prompt_ids in batch], config.group_size, stop_ids=stops, generator=generator,
-            max_new_tokens=config.max_completion_length, temperature=config.temperature, stop_strings=config.stop_strings,
-            tokenizer=tokenizer)
-    texts, groups = evaluation.decode(tokenizer, completion_ids, completion_mask, config.stop_strings), []
-    every_score = score(texts, [row for row, _ in batch for _ in range(config.group_size)], config)
+            model, [prompt_ids for _, prompt_ids in batch], config.group_size,
+            max_new_tokens=config.max_completion_length, temperature=config.temperature, stop_ids=stops,
+            stop_strings=config.stop_strings, tokenizer=tokenizer, generator=generator)
+    texts = evaluation.decode(tokenizer, completion_ids, completion_mask, config.stop_strings)
+    scores = score(texts, [row for row, _ in batch for _ in range(config.group_size)], config)
+    groups = []
     for i, (row, prompt_ids) in enumerate(batch):
-        own = slice(i * config.group_size, (i + 1) * config.group_size)
-        lengths = completion_mask[own].sum(dim=1)
-        ids, mask = completion_ids[own, :lengths.max()], completion_mask[own, :lengths.max()]
+        members = slice(i * config.group_size, (i + 1) * config.group_size)
+        lengths = completion_mask[members].sum(dim=1)
+        ids = completion_ids[members, :lengths.max()]
+        mask = completion_mask[members, :lengths.max()]
         last = ids.gather(1, lengths[:, None] - 1)[:, 0]
-        stopped = torch.tensor([text.endswith(config.stop_strings) for text in texts[own]], device=ids.device)
-        truncated = ~torch.isin(last, torch.tensor(stops, device=ids.device)) & ~stopped  # cut at the limit: no EOS
-        scores = every_score[own]
-        rewards = torch.tensor([s["score"] for s in scores], dtype=torch.float64)
+        ended = torch.isin(last, torch.tensor(stops, device=ids.device))
+        ended |= torch.tensor([text.endswith(config.stop_strings) for text in texts[members]],
+                              device=ids.device)
+        rewards = group_rewards(scores[members], config)
         groups.append({
-            "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "completion_ids": ids,
-            "completion_mask": mask & ~truncated[:, None] if config.mask_truncated else mask,
-            "sampler_logps": sampler_logps[own, :lengths.max()], "texts": texts[own], "lengths": lengths,
-            "truncated": truncated, "scores": scores, "rewards": rewards,
+            "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "texts": texts[members],
+            "completion_ids": ids,  # [G, T], as all that follows by token
+            "completion_mask": mask & ended[:, None] if config.mask_truncated else mask,
+            "sampler_logps": sampler_logps[members, :lengths.max()],
+            "lengths": lengths, "truncated": ~ended,  # [G]; truncated: cut at the limit, without an EOS
+            "scores": scores[members], "rewards": rewards,
             "zero_std": bool(rewards.max() == rewards.min())})
     return groups
 
 
+def group_advantages(rewards, scale_rewards):
+    """Advantages [P, G] of rewards [P, G]: how much better than its group each completion did.
+
+    Divided by the standard deviation (n - 1) of the group, of the batch, or by nothing (Dr. GRPO,
+    arXiv:2503.20783).
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_rewards == "none":
+        return centred
+    std = rewards.std(dim=1, keepdim=True) if scale_rewards == "group" else rewards.std()
+    return centred / (std + 1e-4)
+
+
+def prompt_cache(model, prompt_ids):
+    """Keys and values of all tokens of a prompt, [S] ids, but the last: pairs of [1, KV heads, S - 1, d].
+
+    The G completions of a group share their prompt, so it is computed once for all of them, here.
+    Differentiable.
+    """
+    cache = DynamicCache()
+    model.get_decoder()(prompt_ids[None, :-1], past_key_values=cache, use_cache=True)
+    return [(keys, values) for keys, values, _ in cache]
+
+
+def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
+    """Log-probabilities of completions of one prompt, token by token, and the entropy of each choice.
+
+    prompt: prompt_cache(model, prompt_ids); completion_ids [G, T], padded on the right. Returns logps and
+    entropy, both [G, T], fp32, in nats; logps is differentiable in the model and in `prompt`. No mask is
+    needed: under causal attention padding comes after everything that counts, and its own values are masked
+    in the loss.
+    """
+    G = len(completion_ids)
+    cache = DynamicCache([[x.expand(G, -1, -1, -1) for x in pair] for pair in prompt])  # views, no copies
+    inputs = torch.cat([prompt_ids[-1:].expand(G, 1), completion_ids[:, :-1]], dim=1)
+    with evaluation.attention(model, "group", instead_of="sdpa"):  # nor of keys that heads share
+        hidden = model.get_decoder()(inputs, past_key_values=cache, use_cache=True)[0]
+    logps, entropy = evaluation.chosen_logps(model, hidden.flatten(0, 1), completion_ids.flatten(),
+                                             temperature)
+    return logps.view_as(completion_ids), entropy.view_as(completion_ids)
+
+
+def length_parts(completion_mask, size):
+    """Cuts a group into parts of alike lengths, at most `size` completions each; [(places, length)].
+
+    completion_mask [G, T]. A part is padded to its longest completion, and is a pass of its own, which costs
+    about as much as 32 tokens: the cuts are those with the least cost together. Completions that no loss
+    counts are left out.
+    """
+    positions = torch.arange(1, completion_mask.shape[1] + 1, device=completion_mask.device)
+    lengths = (completion_mask * positions).amax(dim=1).tolist()  # up to the last token that counts
+    order = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: -lengths[i])
+    cheapest = [(0, [])]  # of the first n completions: tokens, and the parts
+    for end in range(1, len(order) + 1):
+        cheapest.append(min((cheapest[start][0] + lengths[order[start]] * (end - start) + 32,
+                             [*cheapest[start][1], order[start:end]])
+                            for start in range(max(0, end - size), end)))
+    return [(torch.tensor(part, device=completion_mask.device), lengths[part[0]]) for part in cheapest[-1][1]]
+
+
 def add_reference_logps(reference, groups, config, compute):
     """Gives each group ref_logps [G, T]: the log-probabilities of its completions under the reference."""
-    size = 8 * (config.completions_per_forward or config.group_size)  # no gradient: one layer's activations, not all
+    size = 8 * (config.completions_per_forward or config.group_size)  # a pass without gradient keeps less
     for group in groups:
         group["ref_logps"] = torch.zeros_like(group["sampler_logps"])
         with torch.no_grad(), evaluation.autocast(compute):
@@ -276,64 +257,145 @@ def add_reference_logps(reference, groups, config, compute):
                 group["ref_logps"][part, :T] = logps
 
 
-def policy_gradient(model, groups, first_epoch, config, compute, scaler):
-    """Adds the gradient of the loss of the whole rollout to the model's parameters, a few completions at a time.
+def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_sequences, num_tokens,
+              max_completion_length, epsilon, epsilon_high, beta, loss_type, importance_level,
+              kl_estimator="unbiased", weights=None):
+    """GRPO loss of some completions of a rollout, and sums over their tokens of what one wants to watch.
 
-    The first epoch after sampling writes each group's old_logps, later ones read them; groups without ref_logps are of a
-    policy that is its own reference. Returns sums over the tokens
-    passed: loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
+    logps, old_logps, ref_logps (None where beta = 0), completion_mask, weights (importance weights, or None):
+    [G, T]; advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of
+    the whole rollout, so the losses of its parts add up to its loss, however it is cut. Returns (loss, sums
+    of kl, clip_fraction).
+
+    The numbers are TRL 1.16's for loss_type grpo, dapo, dr_grpo and cispo, token and sequence level, with
+    kl_estimator "unbiased" for its use_bias_correction_kl=True and "k3" for False. One difference is on
+    purpose: at sequence level "unbiased" takes the token's ratio, where TRL takes the sequence's (its issue
+    6594).
+    """
+    mask = completion_mask.float()
+    advantages = advantages[:, None]
+    token_ratio = (logps - old_logps).exp()
+    ratio = token_ratio
+    if importance_level == "sequence":  # GSPO, arXiv:2507.18071: the geometric mean of the token ratios
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        ratio = (((logps - old_logps) * mask).sum(dim=1, keepdim=True) / lengths).exp()
+    too_high = (ratio > (epsilon_high if loss_type == "cispo" else 1 + epsilon_high)) & (advantages > 0)
+    if loss_type == "cispo":  # arXiv:2506.13585: the capped ratio is a weight, no token loses its gradient
+        token_loss = -ratio.clamp(max=epsilon_high).detach() * advantages * logps
+        was_clipped = too_high
+    else:
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+        token_loss = -torch.min(ratio * advantages, clipped * advantages)  # PPO, arXiv:1707.06347, eq. 7
+        was_clipped = too_high | ((ratio < 1 - epsilon) & (advantages < 0))
+    if weights is not None:
+        token_loss = token_loss * weights
+    kl = torch.zeros_like(logps)
+    if beta:
+        kl = (ref_logps - logps).exp() - (ref_logps - logps) - 1  # k3, http://joschu.net/blog/kl-approx.html
+        if kl_estimator == "unbiased":  # then its mean gradient is the reverse KL's, arXiv:2510.01555
+            token_loss = token_loss + beta * token_ratio * kl
+        else:
+            token_loss = token_loss + beta * kl
+    token_loss = token_loss * mask
+    if loss_type == "grpo":  # mean over each sequence's tokens, then over sequences
+        loss = (token_loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / num_sequences
+    elif loss_type in ("dapo", "cispo"):  # mean over all tokens, arXiv:2503.14476
+        loss = token_loss.sum() / num_tokens
+    else:  # dr_grpo: over a constant, so that long answers weigh no less
+        loss = token_loss.sum() / (num_sequences * max_completion_length)
+    return loss, {"kl": (kl.detach() * mask).sum().item(), "clip_fraction": (was_clipped * mask).sum().item()}
+
+
+def policy_gradient(model, groups, first_epoch, config, compute, scaler):
+    """Adds the gradient of the whole rollout's loss to the model's parameters, a few completions at a time.
+
+    The first epoch after sampling writes each group's old_logps, later ones read them; groups without
+    ref_logps are of a policy that is its own reference. Returns sums over the tokens passed: loss, kl,
+    clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
     """
     masks = [group["completion_mask"] for group in groups]
-    num_tokens = max(1, sum(int(mask.sum()) for mask in masks))  # denominators: the whole rollout's, for all its parts
+    # denominators: the whole rollout's, for all its parts
+    num_tokens = max(1, sum(int(mask.sum()) for mask in masks))
     num_sequences = max(1, sum(int(mask.any(dim=1).sum()) for mask in masks))
     size = config.completions_per_forward or config.group_size
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "sampler_gap", "tokens"), 0.0)
-    for group in groups:
-        if group["zero_std"] and not config.beta or not group["completion_mask"].any():
-            continue  # no advantage and no KL, or no token that counts: no gradient
-        if first_epoch:
-            group["old_logps"] = torch.zeros_like(group["sampler_logps"])
-        with evaluation.autocast(compute):
-            prompt = prompt_cache(model, group["prompt_ids"])
-        leaves = [x.detach().requires_grad_() for x in prompt]  # collect the gradient of all parts of the group
-        for part, T in length_parts(group["completion_mask"], size):
-            ids, mask = group["completion_ids"][part, :T], group["completion_mask"][part, :T]
+    with evaluation.sparse_embedding_gradient(model):
+        for group in groups:
+            if group["zero_std"] and not config.beta or not group["completion_mask"].any():
+                continue  # no advantage and no KL, or no token that counts: no gradient
+            if first_epoch:
+                group["old_logps"] = torch.zeros_like(group["sampler_logps"])
             with evaluation.autocast(compute):
-                logps, entropy = token_logps(model, leaves, group["prompt_ids"], ids, config.temperature)
-            if first_epoch:  # the policy is still the one that sampled: its own logps are the old ones
-                group["old_logps"][part, :T] = logps.detach()
-            old_logps = group["old_logps"][part, :T]
-            ref_logps = group["ref_logps"][part, :T] if "ref_logps" in group else old_logps
-            gap = old_logps - group["sampler_logps"][part, :T]
-            loss, watched = grpo_loss(
-                logps, old_logps, ref_logps, group["advantages"][part], mask, num_sequences=num_sequences,
-                num_tokens=num_tokens, max_completion_length=config.max_completion_length, epsilon=config.epsilon,
-                epsilon_high=config.epsilon_high, beta=config.beta, loss_type=config.loss_type,
-                importance_level=config.importance_level, kl_estimator=config.kl_estimator,
-                weights=gap.exp().clamp(max=config.importance_cap) if config.importance_cap else None)
-            scaler.scale(loss).backward()
-            watched |= {"loss": loss.item(), "entropy": (entropy * mask).sum().item(),
-                        "sampler_gap": (gap.abs() * mask).sum().item(), "tokens": int(mask.sum())}
-            sums = {key: sums[key] + watched[key] for key in sums}
-        torch.autograd.backward(prompt, [leaf.grad for leaf in leaves])  # and send it through the prompt, once
+                prompt = prompt_cache(model, group["prompt_ids"])
+            # the parts of a group send their gradients to copies of the prompt's keys and values ...
+            leaves = [[x.detach().requires_grad_() for x in pair] for pair in prompt]
+            for part, T in length_parts(group["completion_mask"], size):
+                ids, mask = group["completion_ids"][part, :T], group["completion_mask"][part, :T]
+                with evaluation.autocast(compute):
+                    logps, entropy = token_logps(model, leaves, group["prompt_ids"], ids, config.temperature)
+                if first_epoch:  # the policy is still the one that sampled: its own logps are the old ones
+                    group["old_logps"][part, :T] = logps.detach()
+                old_logps = group["old_logps"][part, :T]
+                ref_logps = group["ref_logps"][part, :T] if "ref_logps" in group else old_logps
+                gap = old_logps - group["sampler_logps"][part, :T]
+                loss, watched = grpo_loss(
+                    logps, old_logps, ref_logps, group["advantages"][part], mask, num_sequences=num_sequences,
+                    num_tokens=num_tokens, max_completion_length=config.max_completion_length,
+                    epsilon=config.epsilon, epsilon_high=config.epsilon_high, beta=config.beta,
+                    loss_type=config.loss_type, importance_level=config.importance_level,
+                    kl_estimator=config.kl_estimator,
+                    weights=gap.exp().clamp(max=config.importance_cap) if config.importance_cap else None)
+                scaler.scale(loss).backward()
+                watched |= {"loss": loss.item(), "entropy": (entropy * mask).sum().item(),
+                            "sampler_gap": (gap.abs() * mask).sum().item(), "tokens": int(mask.sum())}
+                sums = {key: sums[key] + watched[key] for key in sums}
+            # ... and these go through the prompt once
+            torch.autograd.backward([x for pair in prompt for x in pair],
+                                    [x.grad for pair in leaves for x in pair])
     return sums
 
 
-def start_adapter(base, config):
-    """The base with the adapter to train, "default", and a frozen copy of it, "reference", where there is a KL."""
-    folder = config.adapter or "runs/sft-medmcqa/model"
-    if config.adapter == "none" or not config.adapter and not Path(folder).exists():
-        model = evaluation.new_adapter(base, config.lora_r, config.lora_alpha, config.seed)
-        print("adapter: a fresh one" + (f" (there is no {folder}; python sft.py --task medmcqa makes one)"
-                                        if not config.adapter else ""))
-    else:
-        model = evaluation.read_adapter(base, folder, config.model)
-        print(f"adapter: {folder}")
-    if config.beta:
-        model.add_adapter("reference", model.peft_config["default"])
-        copy_adapter(model)
+def training_state(optimizer, scaler, generator, config, **progress):
+    """All that a checkpoint holds but the weights. progress: step, position, seconds."""
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "generator": generator.get_state(), "completions_per_forward": config.completions_per_forward,
+            **progress}
+
+
+def restore_training(state, optimizer, scaler, generator, config):
+    """The way back. Returns (step, position, when a run without stops would have started)."""
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    generator.set_state(state["generator"])
+    config.completions_per_forward = state["completions_per_forward"]  # halved where memory had run out
+    print(f"resumed: after step {state['step']}")
+    return state["step"], state["position"], time.time() - state["seconds"]
+
+
+def parse(arguments=None):
+    """Command line to Config. With --model tiny, TINY stands in for the defaults, below every given flag."""
+    usual = tyro.cli(Config, args=arguments, use_underscores=True)
+    if usual.model != "tiny":
+        return usual
+    config = tyro.cli(Config, args=arguments, use_underscores=True, default=replace(Config(), **TINY))
+    changed = [f"{key} {getattr(config, key)}" for key in TINY if getattr(config, key) != getattr(usual, key)]
+    why = "" if GPU else "no GPU: "
+    questions = " and questions" if config.data == "builtin" else ""
+    print(f"{why}the built-in tiny model{questions}; settings for it: {', '.join(changed)}")
+    return config
+
+
+# === end shared =============================================================================================
+
+
+def add_reference_adapter(model):
+    """Adds the reference, a frozen copy of the adapter that is trained, to the model; returns the names of
+    the two.
+    """
+    model.add_adapter("reference", model.peft_config["default"])
+    copy_adapter(model)
     model.set_adapter("default")  # the one that is used, and trained
-    return model.eval()
+    return ["default", "reference"]
 
 
 def copy_adapter(model):
@@ -345,7 +407,7 @@ def copy_adapter(model):
 def main(config):
     """The whole run: load, evaluate, train step by step, evaluate, save. Raises InputError."""
     evaluation.check_config(config)
-    run = evaluation.Run("grpo_medmcqa", config)
+    run = Run("grpo_medmcqa", config)
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
@@ -355,107 +417,124 @@ def main(config):
     train, heldout, counts = load_task(medmcqa, config)
     evaluation.check_rows(config, train, heldout, counts)
     libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
-    base, tokenizer, compute = evaluation.load_model(config.model, config.dtype, load_in_4bit=config.load_in_4bit,
-                                                     attn_implementation=config.attn_implementation)
-    model = start_adapter(base, config)
+    model, tokenizer, compute = evaluation.load_policy(config, "medmcqa")
+    adapters = add_reference_adapter(model) if config.beta else ["default"]
     config = replace(config, encoder=evaluation.pick_encoder(config.similarity, config.encoder))
     train = evaluation.encode_rows(tokenizer, train, config.max_prompt_length, "training")
-    heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
-    if config.dry_run:
-        train, heldout = run.rehearse(config, train, heldout, libraries)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length,
+                                     "held-out")
+    if config.dry_run:  # two steps on the longest rows, in a folder that is gone afterwards
+        train, heldout, estimate = evaluation.longest_rows(config, train, heldout, libraries)
+        config = replace(config, steps=3, eval_every=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    parts = {"optimizer": optimizer, "scaler": scaler}
-    adapters = ("default", "reference") if config.beta else ("default",)
-    run.open(*([row for row, _ in rows] for rows in (train, heldout)))
-    step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when this launch (less earlier ones) began
+    stops = evaluation.stop_ids(model, tokenizer)
+    run.open([row for row, _ in train], [row for row, _ in heldout])
+    step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when the first launch began
     state = run.load_checkpoint()
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
         for name in adapters:
             set_peft_model_state_dict(model, state[name], adapter_name=name)
-        generator.set_state(state["generator"])
-        step, position, start = state["step"], state["position"], time.time() - state["seconds"]
-        config.completions_per_forward = state["completions_per_forward"]  # halved where memory had run out
-        print(f"resumed: {run.folder} after step {step}")
+        step, position, start = restore_training(state, optimizer, scaler, generator, config)
 
     def save():
-        states = {name: part.state_dict() for name, part in parts.items()}
-        states |= {name: get_peft_model_state_dict(model, adapter_name=name) for name in adapters}
-        run.save_checkpoint({**states, "generator": generator.get_state(), "step": step, "position": position,
-                             "completions_per_forward": config.completions_per_forward, "seconds": time.time() - start})
+        weights = {name: get_peft_model_state_dict(model, adapter_name=name) for name in adapters}
+        rest = training_state(optimizer, scaler, generator, config, step=step, position=position,
+                              seconds=time.time() - start)
+        run.save_checkpoint(weights | rest)
 
     def evaluate(title):
-        return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
+        return evaluation.evaluate(model, tokenizer, heldout, compute, title=title,
+                                   batch_size=config.eval_batch_size,
                                    max_completion_length=config.max_completion_length,
-                                   stop_strings=config.stop_strings, score=lambda *x: score(*x, config))
+                                   stop_strings=config.stop_strings,
+                                   score=lambda texts, rows: score(texts, rows, config))
 
     # --- before
     if not state:
         run.write_records("eval_before", evaluate("before"))
-    before = run.read_before(heldout)
-    before_summary = evaluation.summarize(before)
-    print("before:", evaluation.describe(before_summary))
-    for line in evaluation.early_warnings(before_summary, config, "medmcqa"):
+    before, summary = run.read_before(heldout, evaluation.summarize)
+    print("before:", evaluation.describe(summary))
+    for line in evaluation.early_warnings(summary, config, "medmcqa"):
         print(f"WARNING: {line}")
 
     # --- training
-    stops, questions = evaluation.stop_ids(model, tokenizer), question_stream(train, config.seed, position)
-    bar = tqdm(run.steps(step + 1, config.steps), "train", config.steps, initial=step, unit="step", disable=None)
+    questions = question_stream(train, config.seed, position)
+    bar = tqdm(run.steps(step + 1, config.steps), "train", config.steps, initial=step, unit="step",
+               disable=None)
     for step in bar:
         renewed = config.beta and (step == 1 or config.ref_every and (step - 1) % config.ref_every == 0)
         if renewed:
             copy_adapter(model)
 
         # sample groups; on demand, groups whose rewards are all equal make room for those of other questions
-        clock, extra_batches = time.time(), 0
-        sampling = (model, tokenizer, questions, config, compute, stops, generator)
-        groups = rollout(*sampling)
+        clock = time.time()
+        groups = rollout(model, tokenizer, questions, config, compute, stops, generator)
+        extra_batches = 0
         while extra_batches < config.resample_zero_std and any(group["zero_std"] for group in groups):
             extra_batches += 1
-            groups = sorted(groups + rollout(*sampling), key=lambda group: group["zero_std"])[:config.prompts_per_step]
+            groups += rollout(model, tokenizer, questions, config, compute, stops, generator)
+            groups = sorted(groups, key=lambda group: group["zero_std"])[:config.prompts_per_step]
         position += config.prompts_per_step * (1 + extra_batches)
-        generate_seconds, clock = time.time() - clock, time.time()
+        generate_seconds = time.time() - clock
 
         # rewards to advantages, each completion against its group
-        rewards = torch.stack([group["rewards"] for group in groups])  # [P, G]
-        for group, advantages in zip(groups, group_advantages(rewards, config.scale_rewards)):
+        clock = time.time()
+        step_rewards = torch.stack([group["rewards"] for group in groups])  # [P, G]
+        for group, advantages in zip(groups, group_advantages(step_rewards, config.scale_rewards)):
             group["advantages"] = advantages.float().to(model.device)
 
-        # mu epochs on the same rollout; the reference need not be asked in a step where it is the policy itself
+        # the reference's log-probabilities; not in a step where it is the policy itself
         if config.beta and not renewed:
             model.set_adapter("reference")
-            run.fit(config, optimizer, lambda: add_reference_logps(model, groups, config, compute))
+            retry_with_less_memory(config, optimizer,
+                                   lambda: add_reference_logps(model, groups, config, compute))
             model.set_adapter("default")
-        epochs, grad_norms, rate = [], [0.0], learning_rate(step, config, run.schedule_steps)
-        optimizer.param_groups[0]["lr"] = rate
+
+        # mu epochs on the same rollout: gradient, clip, step
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config, run.schedule_steps)
+        epochs, grad_norm = [], 0.0
         for epoch in range(config.mu):
-            epochs.append(run.fit(config, optimizer, lambda: policy_gradient(model, groups, epoch == 0, config, compute, scaler)))
-            if epochs[-1]["tokens"]:  # else every group was skipped
-                scaler.unscale_(optimizer)
-                grad_norms.append(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item())
-                if run.sound(step, {"loss": epochs[-1]["loss"], "gradient": grad_norms[-1]}, groups, scaler):  # else skipped
-                    scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
+            epochs.append(retry_with_less_memory(config, optimizer, lambda: policy_gradient(
+                model, groups, epoch == 0, config, compute, scaler)))
+            if not epochs[-1]["tokens"]:
+                continue  # every group was skipped
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
+            numbers = {"loss": epochs[-1]["loss"], "gradient": grad_norm}
+            bad = not_finite(numbers, groups)
+            if bad:
+                run.skip_update_or_give_up(step, bad, numbers, groups, scaler)
+            else:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
 
         # metrics: means over the step's completions (and, of what the loss saw, over its tokens)
         sums = {key: sum(epoch[key] for epoch in epochs) for key in epochs[0]}
+        per_token = ("kl", "clip_fraction", "entropy", "sampler_gap")
         metrics = {
             "step": step, **evaluation.rollout_metrics(groups), "extra_batches": extra_batches,
             "loss": sums["loss"] / config.mu,
-            **{key: sums[key] / max(1, sums["tokens"]) for key in ("kl", "clip_fraction", "entropy", "sampler_gap")},
-            "grad_norm": grad_norms[-1], "skipped_updates": run.skipped[step], "learning_rate": rate, "generate_seconds": generate_seconds,
+            **{key: sums[key] / max(1, sums["tokens"]) for key in per_token},
+            "grad_norm": grad_norm, "skipped_updates": run.skipped[step],
+            "learning_rate": optimizer.param_groups[0]["lr"], "generate_seconds": generate_seconds,
             "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]
         run.report(bar, metrics, groups[0])
-        if run.signal or step == config.steps or (config.save_every and step % config.save_every == 0):
+        if config.dry_run and step == 2:  # the first one warmed up
+            evaluation.print_dry_run(metrics, estimate, run.settings["steps"])
+            run.close()
+            return
+        if run.stop_signal or step == config.steps or (config.save_every and step % config.save_every == 0):
             save()
-            run.stop_if_asked(bar, step)
+        if run.stop_signal:
+            bar.close()
+            sys.exit(run.stopped(step))
 
     # --- after
     run.write_records("eval_after", evaluate("after"))
@@ -464,18 +543,6 @@ def main(config):
     tokenizer.save_pretrained(run.folder / "model")
     run.finish({**comparison, "steps": config.steps, "seconds": time.time() - start, "seed": config.seed,
                 "model": config.model, "data": config.data, "versions": evaluation.versions()})
-
-
-def parse(arguments=None):
-    """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
-    config = tyro.cli(Config, args=arguments, use_underscores=True)
-    if config.model == "tiny":
-        usual, tiny = config, replace(Config(), **TINY)
-        config = tyro.cli(Config, args=arguments, use_underscores=True, default=tiny)
-        changed = [f"{key} {getattr(config, key)}" for key in TINY if getattr(config, key) != getattr(usual, key)]
-        print(f"{'' if GPU else 'no GPU: '}the built-in tiny model{' and items' if config.data == 'builtin' else ''}; "
-              f"settings for it: {', '.join(changed)}")
-    return config
 
 
 if __name__ == "__main__":

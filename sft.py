@@ -13,6 +13,7 @@ the answer off. Ends with the same table before/after as the GRPO scripts, on th
 """
 import ctypes
 import random
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,10 +26,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data import InputError, check_knobs, load_task, one_line_errors
+from data.run import Run, not_finite
 
 GPU = torch.cuda.is_available()
-LLAMA = "meta-llama/Llama-3.2-3B-Instruct"
-BASES = {"pubmedqa": "Qwen/Qwen2.5-0.5B-Instruct", "medmcqa": "Qwen/Qwen3-4B-Base", "ecg": LLAMA, "medical_o1": LLAMA}  # as in the GRPO scripts
 
 
 @dataclass
@@ -142,7 +142,7 @@ def main(config):
     """The whole run: load, evaluate, train epoch by epoch, evaluate, save. Raises InputError."""
     check_knobs(config, "lora_r")
     out = config.out or ("" if config.resume else f"runs/sft-{config.task}")  # --resume needs --out, which Run says
-    run = evaluation.Run("sft", replace(config, out=out), PANELS)
+    run = Run("sft", replace(config, out=out), PANELS)
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
@@ -158,7 +158,8 @@ def main(config):
     pairs, validation = encode(tokenizer, train, config, "training"), encode(tokenizer, heldout, config, "held-out")
     heldout = evaluation.encode_rows(tokenizer, heldout, config.max_seq_length, "held-out")
     if config.dry_run:
-        pairs, heldout = run.rehearse(config, pairs, heldout, libraries)
+        pairs, heldout, estimate = evaluation.longest_rows(config, pairs, heldout, libraries)
+        config = replace(config, num_epochs=3, eval_every=0)
     if config.lora_r:
         model = evaluation.new_adapter(model, config.lora_r, config.lora_alpha, config.seed)
     recomputed = []  # layers that checkpoint while their own `training` is set; their parts stay in eval mode
@@ -203,8 +204,8 @@ def main(config):
     # --- before
     if not state:
         run.write_records("eval_before", evaluate("before"))
-    before = run.read_before(heldout)
-    print("before:", evaluation.describe(evaluation.summarize(before)))
+    before, summary = run.read_before(heldout, evaluation.summarize)
+    print("before:", evaluation.describe(summary))
 
     # --- training
     bar = tqdm(run.steps(step + 1, steps), "train", steps, initial=step, unit="step", disable=None)
@@ -231,7 +232,11 @@ def main(config):
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
         batch = [{"prompt_ids": prompt, "completion_ids": completion} for part in parts for prompt, completion in part]
-        if run.sound(step, {"loss": loss, "gradient": grad_norm}, batch, scaler):  # else the update is skipped
+        numbers = {"loss": loss, "gradient": grad_norm}
+        bad = not_finite(numbers, batch)
+        if bad:
+            run.skip_update_or_give_up(step, bad, numbers, batch, scaler)
+        else:
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -243,14 +248,20 @@ def main(config):
         if config.eval_every and step % config.eval_every == 0 and step < steps:
             metrics["eval_accuracy"] = evaluation.summarize(evaluate(f"step {step}"))["accuracy"]
         run.log("metrics", metrics)
+        if config.dry_run and step == 2:  # the first one warmed up
+            evaluation.print_dry_run(metrics, estimate, None)
+            run.close()
+            return
         bar.set_postfix_str(f"loss {loss:.3f}, epoch {step / an_epoch:.1f}")
         if step == 1 or step % max(1, steps // 15) == 0 or "eval_loss" in metrics:
             heldout_words = f"  held-out loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
             heldout_words += f"  held-out accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
             bar.write(f"step {step:4}  epoch {step / an_epoch:.1f}  loss {loss:.4f}{heldout_words}  {metrics['update_seconds']:.2f} s")
-        if run.signal or step == steps or (config.save_every and step % config.save_every == 0):
+        if run.stop_signal or step == steps or (config.save_every and step % config.save_every == 0):
             save()
-            run.stop_if_asked(bar, step)
+        if run.stop_signal:
+            bar.close()
+            sys.exit(run.stopped(step))
 
     # --- after
     run.write_records("eval_after", evaluate("after"))
@@ -264,7 +275,7 @@ def main(config):
 def parse(arguments=None):
     """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
     config = tyro.cli(Config, args=arguments, use_underscores=True, description=__doc__)
-    chosen = {"model": config.model or (BASES[config.task] if GPU else "tiny"),
+    chosen = {"model": config.model or (evaluation.TASKS[config.task].BASE_MODEL if GPU else "tiny"),
               "data": config.data or ("hub" if GPU and config.task != "ecg" else "builtin")}
     config = replace(config, **chosen)
     if config.model == "tiny":

@@ -17,6 +17,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+TINY = Path(__file__).parent / "tiny"  # the built-in model and its tokenizer
 ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str, "extra": dict}
 EXTRA_TEXTS = ("disease", "subject", "explanation", "verdict", "choice_type")  # in `extra`: text, or missing
 WRITTEN = {  # by a command of ours into its folder: what it is then
@@ -120,14 +121,46 @@ def one_line_errors():
         text = str(error)
         if "No space left on device" in text or "os error 28" in text:  # the latter is safetensors'
             text = f"the disk is full ({text}): make room; what was saved before is whole"
-        elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-            text = text if isinstance(error, InputError) else f"out of memory ({text[:200]}): take a smaller --model or smaller batches"
+        elif out_of_memory(error) and not isinstance(error, InputError):
+            text = f"out of memory ({text[:200]}): take a smaller --model or smaller batches"
         elif isinstance(error, OSError) and error.filename is not None:  # a name too long, say, or no access
             text = f"{error.filename}: {error.strerror}"
         elif not isinstance(error, InputError):
             raise
-        print("error: " + "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())), file=sys.stderr)
+        print("error: " + printable(" ".join(text.split())), file=sys.stderr)
         sys.exit(2)
+
+
+def printable(text):
+    """Text of a file or a model for the terminal: control characters (escape codes) replaced, line ends kept."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def out_of_memory(error):
+    """Whether an exception of torch or Python says that memory ran out, on the GPU or on CPU."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def synced(path):
+    """The path, once what it holds is on the disk itself: then it outlives a power cut too. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def write_whole(path, text):
+    """Writes a file aside and renames it: `path` is the old one or the whole new one. Raises OSError."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        synced(new).rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def load_task(module, config):

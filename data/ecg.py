@@ -17,6 +17,7 @@ from pathlib import Path
 from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, question_hash, read_records,
                   read_sides, text_field)
 
+BASE_MODEL = "meta-llama/Llama-3.2-3B-Instruct"  # that its scripts train with a GPU
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 SYSTEM_PROMPT = """Answer the ECG question (a yes/no question with Yes or No first) in this form:
 <reasoning>

@@ -14,6 +14,7 @@ from data import (InputError, is_prepared, keep_sides, normalized, prepared_row,
 from data.ecg import target
 
 HUB = "FreedomIntelligence/medical-o1-reasoning-SFT:en"
+BASE_MODEL = "meta-llama/Llama-3.2-3B-Instruct"  # that its scripts train with a GPU
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 SYSTEM_PROMPT = """Answer the medical question. First reason, then answer, in this form:
 <reasoning>

@@ -18,6 +18,7 @@ from data import (InputError, is_prepared, keep_sides, normalized, prepared_row,
                   read_sides, split_by_question, text_field)
 
 HUB = "openlifescienceai/medmcqa"
+BASE_MODEL = "Qwen/Qwen3-4B-Base"  # that its scripts train with a GPU
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 LETTERS = "ABCD"
 SYSTEM_PROMPT = """Answer the question with one of its four options. First work it out, then give the letter, in this form:

@@ -23,8 +23,8 @@ import tyro
 from transformers import AutoTokenizer
 from tyro.conf import Positional
 
-from data import (InputError, check_knobs, check_out, ecg, hub_message, load_task, medical_o1, medmcqa, one_line_errors,
-                  pubmedqa)
+from data import (TINY, InputError, check_knobs, check_out, ecg, hub_message, load_task, medical_o1, medmcqa,
+                  one_line_errors, pubmedqa, synced)
 
 TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 OWN = ("train.jsonl", "heldout.jsonl", "train.parquet", "val.parquet")  # what this command writes
@@ -110,8 +110,7 @@ def write(folder, train, heldout, verl):
             export_verl(train, "train", new / "train.parquet")
             export_verl(heldout, "val", new / "val.parquet")
         for path in new.iterdir():  # a full disk may only say so now
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            synced(path)
         there = place.exists()
         if there:
             shutil.rmtree(old, ignore_errors=True)
@@ -133,7 +132,7 @@ def main(config):
     folder = Path(config.out or f"data/processed/{config.task}")
     check_place(folder, config.data)
     train, heldout, counts = load_task(TASKS[config.task], config)
-    name = Path(__file__).parent / "tiny" if config.tokenizer == "tiny" else config.tokenizer
+    name = TINY if config.tokenizer == "tiny" else config.tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # many types, one thing to the user: no tokenizer

@@ -29,7 +29,7 @@ import grpo_medmcqa
 import grpo_pubmedqa as grpo
 import rewards
 from conftest import ROOT, save_family
-from data import ecg, one_line_errors, prepare
+from data import ecg, one_line_errors, prepare, printable
 from test_data import SINGLE
 
 QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6", "--max_completion_length", "24", "--limit", "200"]
@@ -528,7 +528,7 @@ def test_an_adapter_folder_loads_with_its_base(family_folder, tmp_path):
 
 
 def test_escape_codes_do_not_reach_the_terminal():
-    assert evaluation.printable("a\x1b[31mb\x07\nc") == "a\ufffd[31mb\ufffd\nc"
+    assert printable("a\x1b[31mb\x07\nc") == "a\ufffd[31mb\ufffd\nc"
 
 
 # --- chat, merge, the reward model's training -----------------------------------------------------------

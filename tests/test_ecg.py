@@ -19,6 +19,7 @@ import rewards
 import sft
 from conftest import ROOT
 from data import InputError, ecg, medical_o1, one_line_errors
+from data.run import Run, gaming_warnings
 from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
 from test_lora import in_process
 
@@ -346,11 +347,9 @@ def test_zero_std_looks_at_what_the_advantages_are_made_of(normalize, monkeypatc
         torch.Generator().manual_seed(0),
     )
     assert [group["zero_std"] for group in made] == [not normalize, False]
-    assert [group["rewards"].tolist() for group in made] == [
-        [s["score"] for s in group] for group in groups
-    ]  # as they are, in the logs
+    assert [group["scores"] for group in made] == groups  # as they are, in the logs
     for group in made:
-        advantages = grpo_ecg.group_advantages(group["weighed"][None], "group")
+        advantages = grpo_ecg.group_advantages(group["rewards"][None], "group")
         assert group["zero_std"] == (advantages.abs().max() < 1e-9)
 
 
@@ -449,13 +448,13 @@ def test_a_trained_reward_model_is_loaded_normalised_and_watched(reward_model, t
 
 
 def test_climbing_the_reward_model_alone_is_warned_about_once(tmp_path):
-    run = evaluation.Run("x", grpo_ecg.Config(out=str(tmp_path / "run"), model="tiny"))
+    run = Run("x", grpo_ecg.Config(out=str(tmp_path / "run"), model="tiny"))
     said = []
     bar = type("Bar", (), {"write": staticmethod(said.append)})
     run.folder.mkdir()
     for step in range(80):
         run.log("metrics", {"step": step, "reward_learned": 0.01 * step, "reward_rule": 0.5 if step < 40 else 0.5 - 0.01 * (step - 40)})
-        run.warn_if_parted(bar)
+        run.warn_once(bar, step, gaming_warnings(run.read_records("metrics")))
         assert len(said) == (step > 40 and len(said))  # at most once
         assert step >= 39 or not said
     assert len(said) == 1 and "being gamed" in said[0]

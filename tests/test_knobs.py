@@ -25,7 +25,7 @@ import grpo_medmcqa
 import grpo_pubmedqa
 import rewards
 import sft
-from data import RANGES, ecg, one_line_errors, prepare
+from data import RANGES, ecg, one_line_errors, prepare, run
 
 SMALL = "--model tiny --data builtin --limit 40 --eval_size 2 --max_completion_length 4".split()
 GRPO = [*SMALL, *"--steps 1 --prompts_per_step 2 --group_size 2 --warmup 0".split()]
@@ -168,7 +168,7 @@ def cut(monkeypatch):
     def reached(*_, **__):
         raise Reached
 
-    monkeypatch.setattr(evaluation.Run, "open", reached)
+    monkeypatch.setattr(run.Run, "open", reached)
     monkeypatch.setattr(rewards, "pairs_of", reached)
 
 

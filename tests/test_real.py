@@ -19,6 +19,7 @@ import rewards
 import sft
 from conftest import ROOT
 from data import InputError, medmcqa, pubmedqa
+from data.run import Run, collapse_warnings
 from test_cli import command, metrics
 from test_survival import check_same, crash_in_step, launch
 
@@ -45,11 +46,12 @@ def test_the_share_of_each_label_among_the_samples():
 def watch(tmp_path, record, steps=30):
     """What a run is told when every step's metrics are `record`."""
     config, said = grpo_pubmedqa.Config(out=str(tmp_path), model="tiny", prompts_per_step=4), []
-    run = evaluation.Run("x", config)
+    run = Run("x", config)
     bar = type("Bar", (), {"write": staticmethod(said.append)})
     for step in range(1, steps + 1):
         usual = {"step": step, "kl": 0.01, "entropy": 1.0, "accuracy": 0.5, "zero_std_groups": 1}
-        run.warn_of_collapse(bar, usual | record)
+        run.log("metrics", usual | record)
+        run.warn_once(bar, step, collapse_warnings(run.history, run.settings))
     return said
 
 

@@ -26,7 +26,8 @@ import grpo_pubmedqa
 import rewards
 import sft
 from conftest import ROOT, save_family
-from data import one_line_errors
+from data import one_line_errors, printable
+from data.run import Run, collapse_warnings, not_finite
 from test_cli import metrics, same_but_for_clocks
 
 GRPO = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size", "4", "--eval_size", "4", "--warmup", "0",
@@ -248,9 +249,9 @@ def test_two_runs_at_once_and_no_lock_stuck_after_a_kill(tmp_path, capsys):
     assert process.poll() is None
     process.kill()
     process.communicate()
-    evaluation.Run("grpo_pubmedqa", grpo_pubmedqa.parse([*GRPO, "--out", str(tmp_path / "run"), "--resume"]))
+    Run("grpo_pubmedqa", grpo_pubmedqa.parse([*GRPO, "--out", str(tmp_path / "run"), "--resume"]))
     with pytest.raises(evaluation.InputError, match="holds a run of grpo_pubmedqa.py"):
-        evaluation.Run("grpo_ecg", grpo_ecg.parse([*RUNS[grpo_ecg], "--out", str(tmp_path / "run"), "--resume"]))
+        Run("grpo_ecg", grpo_ecg.parse([*RUNS[grpo_ecg], "--out", str(tmp_path / "run"), "--resume"]))
 
 
 def test_what_may_change_on_resume(whole, tmp_path, monkeypatch, capsys):
@@ -349,7 +350,7 @@ QUESTIONS = [{"id": str(i), "prompt": [], "target": ""} for i in range(3)]
 
 def opened(folder, rows=QUESTIONS, resume=True, **knobs):
     """The Run of a script that has looked at its input and begins, or goes on."""
-    run = evaluation.Run("x", grpo_pubmedqa.Config(model="tiny", out=str(folder), resume=resume, **knobs))
+    run = Run("x", grpo_pubmedqa.Config(model="tiny", out=str(folder), resume=resume, **knobs))
     run.open(rows, rows)
     return run
 
@@ -383,12 +384,12 @@ DAMAGES = {
 def test_a_missing_or_damaged_eval_before(damage, tmp_path):
     run = opened(begun(tmp_path / "run"))
     held_out = [(row, [1, 2]) for row in QUESTIONS]
-    assert run.load_checkpoint()["step"] == 2 and len(run.read_before(held_out)) == 3
+    assert run.load_checkpoint()["step"] == 2 and len(run.read_before(held_out, evaluation.summarize)[0]) == 3
     DAMAGES[damage](run.folder / "eval_before.jsonl")
     words = {"missing": "is missing", "another order": "other questions", "a row less": "other questions"}
     words = words.get(damage, "is damaged")
     with pytest.raises(evaluation.InputError, match=f"{words}.*delete .*run/checkpoint"):
-        run.read_before(held_out)
+        run.read_before(held_out, evaluation.summarize)
     run.close()
 
 
@@ -550,10 +551,10 @@ def test_a_full_disk_under_config_json_does_not_block_the_folder(tmp_path, monke
             self.file.write(data[:20])
             raise OSError(28, "No space left on device")
 
-    usual = evaluation.Run._lock
+    usual = Run._lock
     with monkeypatch.context() as context:
         context.setattr(
-            evaluation.Run, "_lock", lambda run: (usual(run), setattr(run, "lock", Full(run.lock)))
+            Run, "_lock", lambda run: (usual(run), setattr(run, "lock", Full(run.lock)))
         )
         with pytest.raises(evaluation.InputError, match="cannot be written .No space left"):
             opened(tmp_path / "run", resume=False)
@@ -627,26 +628,35 @@ def test_a_model_that_gives_nan_from_the_start(tmp_path, capsys):
     assert "probabilities are not numbers" in one_line(capsys.readouterr().err)
 
 
+def guard(run, step, numbers, scaler):
+    """What a script does with an update that is not finite."""
+    bad = not_finite(numbers, [])
+    assert bad
+    run.skip_update_or_give_up(step, bad, numbers, [], scaler)
+
+
 def test_an_infinite_gradient_in_fp16_is_the_scalers_business(tmp_path):
-    run = evaluation.Run("x", grpo_pubmedqa.Config(out=str(tmp_path), model="tiny"))
+    run = Run("x", grpo_pubmedqa.Config(out=str(tmp_path), model="tiny"))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(1))
     for step in range(1, 20):
-        assert not run.sound(step, {"loss": 0.1, "gradient": math.inf}, [], scaler)
+        guard(run, step, {"loss": 0.1, "gradient": math.inf}, scaler)
     assert sum(run.skipped.values()) == 19 and not list(tmp_path.iterdir())
     for step in (20, 21):
-        assert not run.sound(step, {"loss": math.nan, "gradient": math.inf}, [], scaler)
+        guard(run, step, {"loss": math.nan, "gradient": math.inf}, scaler)
     with pytest.raises(evaluation.InputError, match="step 22: loss and gradient not finite"):
-        run.sound(22, {"loss": math.nan, "gradient": math.inf}, [], scaler)
+        guard(run, 22, {"loss": math.nan, "gradient": math.inf}, scaler)
 
 
 def test_collapses_are_warned_about_once(tmp_path):
     def watch(**changes):
-        run, said = evaluation.Run("x", grpo_pubmedqa.Config(out=str(tmp_path), model="tiny", prompts_per_step=4)), []
+        run, said = Run("x", grpo_pubmedqa.Config(out=str(tmp_path), model="tiny", prompts_per_step=4)), []
         bar = type("Bar", (), {"write": staticmethod(said.append)})
         for step in range(1, 61):
-            run.warn_of_collapse(bar, {"step": step, "kl": 0.01, "entropy": 1.0, "accuracy": 0.5, "zero_std_groups": 1,
-                                       **({key: value for key, value in changes.items() if step > 20})})
+            changed = changes if step > 20 else {}
+            usual = {"step": step, "kl": 0.01, "entropy": 1.0, "accuracy": 0.5, "zero_std_groups": 1}
+            run.history.append(usual | changed)
+            run.warn_once(bar, step, collapse_warnings(run.history, run.settings))
         return said
 
     assert watch() == [] and watch(entropy=0.001, accuracy=0.95) == []
@@ -834,7 +844,7 @@ def test_the_parts_of_the_rewards_take_any_text(one, two, three):
                   rewards.findings_f1(one, two, three), rewards.length_guard(one, two)):
         assert value is None or math.isfinite(value) and -1e-9 <= value <= 1 + 1e-9
     assert rewards.verdict(one) in ("yes", "no", "")
-    printed = evaluation.printable(one)
+    printed = printable(one)
     assert "\x1b" not in printed and all(c.isprintable() or c == "\n" for c in printed) and len(printed) == len(one)
 
 
