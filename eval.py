@@ -24,7 +24,6 @@ import fcntl
 import dataclasses
 import functools
 import hashlib
-import html
 import importlib.metadata
 import io
 import itertools
@@ -47,7 +46,6 @@ from pathlib import Path
 from statistics import fmean
 from string import Template
 from typing import Literal
-from urllib.parse import quote
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -913,72 +911,7 @@ def describe_samples(summary):
 
 # === report.html ======================================================================================================
 
-MODES = {"generated": "generated answers", "loglikelihood": "most likely option"}
-
-
-def _bars(mode, summaries):
-    """One figure: a bar a head on a scale from 0 to 400, whiskers for the 95% interval, the majority baseline dashed."""
-    bottom = 48 * len(summaries)
-    parts = [f'<path class="grid" d="M{x} 0V{bottom}"/><text x="{x}" y="{bottom + 18}" text-anchor="middle">{x // 4}%</text>'
-             for x in range(0, 401, 100)]
-    for top, (name, s) in zip(range(0, bottom, 48), summaries.items()):
-        value, interval = headline(s)
-        x, low, high = (round(400 * max(0, v), 1) for v in (value, *interval))
-        dashed = f'<path class="majority" d="M{round(400 * s["majority_accuracy"], 1)} {top}v48"/>' if "majority_accuracy" in s else ""
-        parts.append(f'<text x="4" y="{top + 15}">{html.escape(name)}</text>'
-                     f'<text x="400" y="{top + 15}" text-anchor="end">{value:.1%}</text>'
-                     f'<rect y="{top + 21}" width="{x}" height="18"/>{dashed}'
-                     f'<path class="whisker" d="M{low} {top + 25}v10m0-5H{high}m0-5v10"/>')
-    title, below = (MODES[mode].capitalize(), " Dashed: always giving the commonest answer.") if dashed else (
-        "Score of the answers, 100% is the most", "")
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="-14 0 436 {bottom + 24}" role="img" '
-            f'aria-label="Bars of {"accuracy" if dashed else "score"}; the numbers are in the next table">{"".join(parts)}</svg>'
-            f'<small>Whiskers: 95% interval.{below}</small></figure>')
-
-
-def _sample_curves(summaries):
-    """One figure: pass@k against k, a line a head; k on a scale of doublings. Guessing, where there are classes, dashed."""
-    width, height = 400, 200
-    n = max(s["samples"] for s in summaries.values())
-
-    def path(values):
-        points = (f"{width * math.log2(int(k)) / max(1, math.log2(n)):.1f} {height * (1 - v):.1f}"
-                  for k, v in values.items())
-        return "M" + "L".join(points)
-
-    parts = [f'<path class="grid" d="M0 {height * (1 - share / 100):g}H{width}"/>'
-             f'<text x="-6" y="{height * (1 - share / 100) + 5:g}" text-anchor="end">{share}%</text>' for share in range(0, 101, 25)]
-    first = next(iter(summaries.values()))
-    for k in first["pass_at_k"]:
-        x = width * math.log2(int(k)) / max(1, math.log2(n))
-        parts.append(f'<text x="{x:.1f}" y="{height + 20}" text-anchor="middle">{k}</text>')
-    if "guess_pass_at_k" in first:
-        parts.append(f'<path class="majority line" d="{path(first["guess_pass_at_k"])}"/>')
-    labels = sorted(((s["pass_at_k"][max(s["pass_at_k"], key=int)], number, name)
-                     for number, (name, s) in enumerate(summaries.items())), reverse=True)
-    lowest = -20.0  # two heads can end at the same height: labels stand below each other
-    for value, number, name in labels:
-        lowest = max(lowest + 17, height * (1 - value) + 5)
-        parts.append(f'<text class="label{number % 4}" x="{width + 8}" y="{lowest:.1f}">{html.escape(name)}</text>')
-    parts += [f'<path class="line line{number % 4}" d="{path(s["pass_at_k"])}"/>' for number, s in enumerate(summaries.values())]
-    below = " Dashed: guessing evenly among the classes." if "guess_pass_at_k" in first else ""
-    return (f'<figure><figcaption>pass@k: at least one of k samples is right</figcaption>'
-            f'<svg viewBox="-52 -10 {width + 160} {height + 40}" role="img" aria-label="Lines of pass@k against k; the numbers '
-            f'are in the table of sampled answers">{"".join(parts)}</svg><small>k samples a question.{below}</small></figure>')
-
-
-def _samples_table(summaries):
-    """What each head's sampled answers show, and what guessing would."""
-    first = next(iter(summaries.values()))
-    ks = list(first["pass_at_k"])
-    votes = "maj_at_n" in first
-    columns = ["head", "mean accuracy", *(f"pass@{k}" for k in ks if k != "1"), *([f"maj@{first['samples']}"] if votes else [])]
-    lines = [[html.escape(name), f"{s['mean_accuracy']:.1%}", *(f"{s['pass_at_k'][k]:.1%}" for k in ks if k != "1"),
-              *([f"{s['maj_at_n']:.1%}"] if votes else [])] for name, s in summaries.items()]
-    if votes:
-        guess = first["guess_pass_at_k"]
-        lines.append(["guessing", f"{guess['1']:.1%}", *(f"{guess[k]:.1%}" for k in ks if k != "1"), f"{guess['1']:.1%}"])
-    return _table(f"Sampled answers ({first['samples']} a question)", columns, lines)
+MODES = {"generated": "generated answers", "loglikelihood": "most likely answer"}
 
 
 def headline(summary):
@@ -987,84 +920,58 @@ def headline(summary):
     return summary[name], summary[f"{name}_ci95"]
 
 
-def _table(caption, columns, lines):
-    """A table in a box that scrolls on its own. Cells are HTML; the first of each line is that line's heading."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    body = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-                   for first, *cells in lines)
-    return (f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
-            f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+def sample_curves(summaries):
+    """([{name, points, label}] of the heads' pass@k, points of guessing or None) for a chart of 400 by 200.
+
+    points: {k: (x, y)}, k on a scale of doublings; label: the y of the head's name beside the line's end.
+    """
+    doublings = max(1, math.log2(max(s["samples"] for s in summaries.values())))
+
+    def points(values):
+        return {k: (round(400 * math.log2(int(k)) / doublings, 1), round(200 * (1 - value), 1))
+                for k, value in values.items()}
+
+    curves = [{"name": name, "points": points(s["pass_at_k"])} for name, s in summaries.items()]
+    for curve in curves:
+        curve["label"] = list(curve["points"].values())[-1][1] + 5
+    lowest = -20.0
+    for curve in sorted(reversed(curves), key=lambda curve: curve["label"]):  # lines that end together
+        lowest = curve["label"] = max(lowest + 17, curve["label"])  # have their names below each other
+    guess = next(iter(summaries.values())).get("guess_pass_at_k")
+    return curves, points(guess) if guess else None
 
 
 def report_html(title, heads, rows, paired=()):
-    """One self-contained page that compares model heads on the same questions: chart, tables, and each question to read.
+    """One self-contained page that compares model heads on the same questions: charts, tables, each question.
 
-    heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; summary: accuracy, accuracy_ci95, n,
-    majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated answers, format_rate, mean_length, and
-    what summarize_samples gives; of
-    free text score, score_ci95 and parts.
-    rows: {"id", "question", "options", "ground_truth", "subject", "answers": {name: {"answer", "accuracy", "completion"}}}.
-    paired: {"before", "after", "mode", "only_before", "only_after", "p_value"}, names of heads and counts of questions.
-    Returns HTML that loads nothing and shows whatever a model wrote as text.
+    heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; summary: accuracy,
+    accuracy_ci95, n, majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated
+    answers, format_rate, mean_length, and what summarize_samples gives; of free text score, score_ci95, parts.
+    rows: {"id", "question", "options", "ground_truth", "subject", "answers": {name: {"answer", "accuracy",
+    "completion"}}}. paired: {"before", "after", "mode", "only_before", "only_after", "p_value"}, names of heads
+    and counts of questions. Returns HTML that loads nothing and shows whatever a model wrote as text.
     """
     modes = {mode: {name: head[mode] for name, head in heads.items() if head.get(mode)} for mode in MODES}
     modes = {mode: summaries for mode, summaries in modes.items() if summaries}
+    sampled = {name: s for name, s in modes.get("generated", {}).items() if "pass_at_k" in s}
+    curves, guess = sample_curves(sampled) if sampled else (None, None)
+    passes, subjects = {}, {}
+    for s in sampled.values():
+        passes |= {f"pass@{k}": k for k in s["pass_at_k"] if k != "1"}
+    for s in next(iter(modes.values())).values():
+        subjects |= s.get("by_subject", {})
+    subjects = dict(sorted(subjects.items(), key=lambda item: (-item[1]["n"], item[0])))
     readable = [name for name in heads if any(name in row["answers"] for row in rows)]
     tested = [(p["before"], p["after"]) for p in paired if p["mode"] == "generated"]
-    free_text = any("score" in summary for summaries in modes.values() for summary in summaries.values())
-    data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])), "rows": rows, "freeText": free_text}
-    words = ("better", "worse", "sign test on scores") if free_text else ("newly right", "newly wrong", "McNemar")
-
-    def named(name, mode):
-        return f"{html.escape(name)} <small>{MODES[mode]}</small>"
-
-    def score(s):
-        return "{:.1%} <small>({:.1%} to {:.1%})</small>".format(s["accuracy"], *s["accuracy_ci95"]) if s else "–"
-
-    def majority(s):
-        named_class = f" <small>always {html.escape(s['majority_class'])}</small>" if "majority_class" in s else ""
-        return f"{s['majority_accuracy']:.1%}{named_class}" if "majority_accuracy" in s else "–"
-
-    def count(p, kind, key):
-        view = quote(f"{kind}: {p['before']} → {p['after']}")
-        return f'<a href="#filter={view}">{p[key]}</a>' if p["mode"] == "generated" else p[key]
-
-    def verdict(p):
-        better = p["after"] if p["only_after"] > p["only_before"] else p["before"]
-        return f"{html.escape(better)} is better" if p["p_value"] < 0.05 else "no difference shown"
-
-    tables = _table("Heads", ["head", "all right (95% interval)" if free_text else "accuracy (95% interval)", "questions",
-                              "commonest answer", "format", "mean length"], [
-        [named(name, mode), score(s), s["n"], majority(s),
-         f"{s['format_rate']:.1%}" if "format_rate" in s else "–", f"{s['mean_length']:.1f}" if "mean_length" in s else "–"]
-        for mode, summaries in modes.items() for name, s in summaries.items()])
-    if free_text:
-        summaries = modes["generated"]
-        tables += _table("Parts of the score (95% interval)", ["part", *map(html.escape, summaries)], [
-            [part, *("{:.3f} <small>({:.3f} to {:.3f})</small>".format(value, *interval) for value, interval in (
-                headline(s) if part == "score" else (s["parts"][part]["mean"], s["parts"][part]["ci95"]) for s in summaries.values()))]
-            for part in ("score", *next(iter(summaries.values()))["parts"])])
-    sampled = {name: s for name, s in modes.get("generated", {}).items() if "pass_at_k" in s}
-    if sampled:
-        tables += _samples_table(sampled)
-    if paired:
-        tables += _table(f"Paired tests ({words[2]})", ["before → after", *words[:2], *["ties"] * free_text, "p", "verdict"], [
-            [named(f"{p['before']} → {p['after']}", p["mode"]), count(p, words[0], "only_after"),
-             count(p, words[1], "only_before"), *[p.get("ties")] * free_text, f"{p['p_value']:.2g}", verdict(p)] for p in paired])
-    mode, summaries = next(iter(modes.items()))
-    sizes = {subject: part["n"] for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
-    if sizes:
-        baselines = {subject: majority(part) for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
-        tables += _table(f"By subject: {MODES[mode]}", ["subject", "questions", "commonest answer", *map(html.escape, summaries)], [
-            [html.escape(subject), sizes[subject], baselines[subject],
-             *(score(s.get("by_subject", {}).get(subject)) for s in summaries.values())]
-            for subject in sorted(sizes, key=lambda subject: (-sizes[subject], subject))])
-    page = Template((Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8"))
-    return page.substitute(
-        title=html.escape(title), what="Score" if free_text else "Accuracy", intro=f"How {html.escape(', '.join(heads))} answer the same questions, and what each wrote.",
-        charts="".join(_bars(*item) for item in modes.items()) + (_sample_curves(sampled) if sampled else ""), tables=tables,
-        # "<" could close the script element; json.dumps itself escapes all beyond ASCII: U+2028, U+2029, lone surrogates.
-        data=json.dumps(data).replace("<", "\\u003c"))
+    free_text = any("score" in s for summaries in modes.values() for s in summaries.values())
+    data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])),
+            "rows": rows, "freeText": free_text}
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"), autoescape=True,
+                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["percent"] = "{:.1%}".format
+    return pages.get_template("report.html").render(
+        title=title, heads=heads, kinds=MODES, modes=modes, headline=headline, free_text=free_text, paired=paired,
+        sampled=sampled, curves=curves, guess=guess, passes=passes, subjects=subjects, data=data)
 
 
 # === doctor: will it fit ==============================================================================================
