@@ -44,7 +44,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from string import Template
 from typing import Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -54,6 +53,7 @@ import numpy
 import torch
 import transformers
 import tyro
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation import StopStringCriteria
@@ -909,13 +909,13 @@ def describe_samples(summary):
     return text
 
 
-# === report.html ======================================================================================================
+# === report.html ============================================================================================
 
 MODES = {"generated": "generated answers", "loglikelihood": "most likely answer"}
 
 
 def headline(summary):
-    """(value, interval) of what a summary is about: the score of free text, the accuracy of everything else."""
+    """(value, interval) of what a summary is about: the score of free text, the accuracy of all else."""
     name = "score" if "score" in summary else "accuracy"
     return summary[name], summary[f"{name}_ci95"]
 
@@ -944,12 +944,11 @@ def sample_curves(summaries):
 def report_html(title, heads, rows, paired=()):
     """One self-contained page that compares model heads on the same questions: charts, tables, each question.
 
-    heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; summary: accuracy,
-    accuracy_ci95, n, majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated
-    answers, format_rate, mean_length, and what summarize_samples gives; of free text score, score_ci95, parts.
-    rows: {"id", "question", "options", "ground_truth", "subject", "answers": {name: {"answer", "accuracy",
-    "completion"}}}. paired: {"before", "after", "mode", "only_before", "only_after", "p_value"}, names of heads
-    and counts of questions. Returns HTML that loads nothing and shows whatever a model wrote as text.
+    heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; a summary is what
+    summarize returns. rows: {"id", "question", "options", "ground_truth", "subject",
+    "answers": {name: {"answer", "accuracy", "completion"}}}. paired: {"before", "after", "mode",
+    "only_before", "only_after", "p_value"}, names of heads and counts of questions. Returns HTML that loads
+    nothing and shows whatever a model wrote as text.
     """
     modes = {mode: {name: head[mode] for name, head in heads.items() if head.get(mode)} for mode in MODES}
     modes = {mode: summaries for mode, summaries in modes.items() if summaries}
@@ -966,12 +965,13 @@ def report_html(title, heads, rows, paired=()):
     free_text = any("score" in s for summaries in modes.values() for s in summaries.values())
     data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])),
             "rows": rows, "freeText": free_text}
-    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"), autoescape=True,
-                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "data")
+    pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined,
+                               trim_blocks=True, lstrip_blocks=True)
     pages.filters["percent"] = "{:.1%}".format
     return pages.get_template("report.html").render(
-        title=title, heads=heads, kinds=MODES, modes=modes, headline=headline, free_text=free_text, paired=paired,
-        sampled=sampled, curves=curves, guess=guess, passes=passes, subjects=subjects, data=data)
+        title=title, heads=heads, kinds=MODES, modes=modes, headline=headline, free_text=free_text, data=data,
+        paired=paired, sampled=sampled, curves=curves, guess=guess, passes=passes, subjects=subjects)
 
 
 # === doctor: will it fit ==============================================================================================
@@ -2067,109 +2067,92 @@ def chat(config):
                 histories[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
-# === merge ============================================================================================================
+# === merge ==================================================================================================
 
 
 @dataclass
 class Merge:
-    """Writes a folder to serve or to publish: base and adapter as one model, tokenizer, generation config, model card."""
+    """Writes a folder to serve or publish: base and adapter as one, tokenizer, generation config, card."""
 
     model: str  # the adapter's base, or a model that was trained as a whole: tiny, a folder, or a hub id
     out: str  # folder to write
     adapter: str = ""  # adapter folder, such as runs/my-run/model ("" = --model needs none)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: fp32 on CPU, bf16 (or fp16) on a GPU
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [medical, question-answering]
-${base_line}---
-
-# $name
-
-`$base`, trained by $method on $data.
-
-| $questions | before | after |
-|---|---|---|
-$table
-
-$verdict
-
-## Use
-
-$prompt
-
-For research and teaching: how such training changes a small model. **This is no medical device.** It must not be used to diagnose,
-to treat, or to advise anyone; its answers can be wrong and sound right. The numbers above hold for these questions only.
-The licences of the base model and of the data apply.
-
-## Settings
-
-Weights: $dtype, safetensors. $versions
-
-```json
-$settings
-```
-"""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: fp32, on a GPU bf16/fp16
 
 
 def card_results(summary):
-    """(questions, table, verdict, versions) of the card, from the summary.json of a run.
+    """What the model card says of a run's results, by the template's names, from the summary.json of the run.
 
     Raises KeyError, TypeError, ValueError or AttributeError where it is something else.
     """
     before, after = summary["before"], summary["after"]
-    values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in
-              map(headline, (before, after))]
-    table = "\n".join(f"| {label} | {one} | {two} |" for label, one, two in (
-        (f"{'score' if 'score' in after else 'accuracy'} [95% interval]", *values),
-        ("format kept", *(f"{side['format_rate']:.3f}" for side in (before, after)))))
-    verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], after['n'])}."
-    if "majority_accuracy" in after:
-        verdict += f" Always giving the commonest answer: {after['majority_accuracy']:.3f}."
+    label = "score [95% interval]" if "score" in after else "accuracy [95% interval]"
+    values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval)
+              for value, interval in map(headline, (before, after))]
+    formats = [f"{side['format_rate']:.3f}" for side in (before, after)]
     versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-    versions += f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""
-    return f"{after['n']} held-out questions, greedy answers", table, verdict, versions
+    if "seconds" in summary:
+        versions += f"; {summary['seconds']:.0f} seconds of training."
+    results = {"n": after["n"], "rows": [(label, *values), ("format kept", *formats)],
+               "paired": describe_pair(summary["paired"], after["n"]), "versions": versions}
+    if "majority_accuracy" in after:
+        results["majority"] = f"{after['majority_accuracy']:.3f}"
+    return results
 
 
 def model_card(config, dtype):
-    """Text of the card. What training did is read from the run's folder, in which the trained folder lies; of what is not there the
-    card says that it is not known.
+    """Text of the card. What training did is read from the run's folder, in which the trained folder lies; of
+    what is not there the card says that it is not known.
     """
-    run, known = Path(config.adapter or config.model).expanduser().resolve().parent, {}
-    for name in ("config", "summary"):
+    run = Path(config.adapter or config.model).expanduser().resolve().parent
+    files = {}
+    for name in ("config.json", "summary.json"):
         try:
-            known[name] = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
+            files[name] = json.loads((run / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            known[name] = {}
-    settings, summary = known["config"], known["summary"]
+            files[name] = {}
+    settings, summary = files["config.json"], files["summary.json"]
     if not isinstance(settings, dict) or {type(settings.get(key)) for key in ("model", "data")} != {str}:
         settings = {}  # of something else: transformers has a config.json too
     try:
-        questions, table, verdict, versions = card_results(summary)
+        results = card_results(summary)
     except (KeyError, TypeError, ValueError, AttributeError):  # none there, or of something else
-        questions, table, versions = "held-out questions", "| not known | | |", ""
-        verdict = "No summary.json of a training run lies beside the trained folder."
+        results = {}
     try:  # the task is in the ids of the questions
-        source = json.loads((run / "eval_after.jsonl").read_text(encoding="utf-8").split("\n")[0])["id"].partition(":")[0]
-        task = next(name for name in TASKS if source.startswith(name))
+        first = (run / "eval_after.jsonl").read_text(encoding="utf-8").split("\n")[0]
+        task = next(name for name in TASKS if json.loads(first)["id"].startswith(name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         task = ""
-    if task and not settings.get("system_prompt"):
-        words = TASKS[task].SYSTEM_PROMPT.replace("{classes}", "yes, no or maybe" if settings.get("maybe") else "yes or no")
-        prompt = f"It was trained with this system prompt:\n\n```\n{words}\n```"
-    else:
-        prompt = "It was trained with a system prompt of its own" + (f" ({settings['system_prompt']})." if task else ", which is not known here.")
+    system_prompt, prompt_file = "", settings.get("system_prompt", "") if task else ""
+    if task and not prompt_file:
+        classes = "yes, no or maybe" if settings.get("maybe") else "yes or no"
+        system_prompt = TASKS[task].SYSTEM_PROMPT.replace("{classes}", classes)
+    method = "a run that is not known"
+    if "group_size" in settings:
+        method = "GRPO"
+    elif "num_epochs" in settings:
+        method = "supervised fine-tuning"
     base = config.model if config.adapter or not settings else settings["model"]
-    method = "GRPO" if "group_size" in settings else "supervised fine-tuning" if "num_epochs" in settings else "a run that is not known"
-    on_hub = base.count("/") == 1 and not Path(base).exists()
-    return Template(CARD).substitute(
-        name=Path(config.out).name, base=base, base_line=f"base_model: {base}\n" if on_hub else "", method=method,
-        data=f"{task} ({settings['data']})" if task and settings else "data that are not known", questions=questions, table=table,
-        verdict=verdict, prompt=prompt, dtype=dtype,
-        versions=versions,
-        settings=json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume", "wandb", "wandb_project")}, indent=1))
+    name, data = Path(config.out).name, "data that are not known"
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation",
+                             tags=["medical", "question-answering"])
+    if base.count("/") == 1 and not Path(base).exists():
+        metadata.base_model = base  # on the hub
+    if task and settings:
+        data = f"{task} ({settings['data']})"
+    if task and settings and results:
+        metric = "score" if "score" in summary["after"] else "accuracy"
+        metadata.model_name = name
+        metadata.eval_results = [EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=data, dataset_split="held out",
+            dataset_args={"n": results["n"]}, metric_type=metric, metric_value=summary["after"][metric])]
+    settings = {key: value for key, value in settings.items()
+                if key not in ("out", "resume", "wandb", "wandb_project")}
+    card = ModelCard.from_template(
+        metadata, template_path=str(Path(__file__).parent / "data" / "model_card.md"), name=name, base=base,
+        method=method, data=data, system_prompt=system_prompt, prompt_file=prompt_file, dtype=dtype,
+        settings=json.dumps(settings, indent=1), **results)
+    return f"{card}\n"
 
 
 def merge(config):
@@ -2181,17 +2164,19 @@ def merge(config):
         raise InputError(f"--out {config.out} is there already, and not an empty folder: take another")
     model, tokenizer, compute = load_model(config.model, config.dtype)
     if config.adapter and hasattr(model, "peft_config"):
-        raise InputError(f"--model {config.model} is an adapter folder: name the base there, or leave --adapter out")
+        raise InputError(f"--model {config.model} is an adapter folder: name the base there, or leave "
+                         "--adapter out")
     if config.adapter:
         model = read_adapter(model, config.adapter, config.model)
     if hasattr(model, "peft_config"):
         try:
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:  # NaN in the adapter
-            raise InputError(f"--adapter {config.adapter or config.model} cannot be merged: {error}") from None
+            adapter = config.adapter or config.model
+            raise InputError(f"--adapter {adapter} cannot be merged: {error}") from None
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            advice = " (try --dtype bf16 or fp32)" * (compute == torch.float16)
+            advice = " (try --dtype bf16 or fp32)" if compute == torch.float16 else ""
             raise InputError(f"--model {config.model} cannot be merged: {name} holds NaN or infinity{advice}")
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # a server stops where training did
     card = model_card(config, str(compute).removeprefix("torch."))
