@@ -1945,7 +1945,7 @@ def main(config):
     print(f"written: {folder}/summary.json, {folder}/eval.jsonl")
 
 
-# === chat =============================================================================================================
+# === chat ===================================================================================================
 
 
 @dataclass
@@ -1954,7 +1954,7 @@ class Chat:
 
     models: tuple[str, ...] = ("tiny=tiny",)  # heads, each NAME=MODEL or NAME=MODEL+ADAPTER
     system: str = ""  # system prompt ("" = none); /system changes it
-    task: Literal["", "pubmedqa", "medmcqa", "ecg", "medical_o1"] = ""  # instead: the system prompt that a task trains with
+    task: Literal["", "pubmedqa", "medmcqa", "ecg", "medical_o1"] = ""  # instead: a task's own system prompt
     temperature: float = 0.7  # of sampling (0 = the likeliest token)
     max_completion_length: int = 400  # tokens an answer may have
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what to compute in
@@ -1964,8 +1964,13 @@ class Chat:
 
 
 def stream(model, tokenizer, prompt_ids, compute, config, generator):
-    """Yields the text of one answer, piece by piece, as `generate` would sample it; InputError for NaN."""
-    stops, ids, text, cache = set(stop_ids(model, tokenizer)), [], "", DynamicCache()
+    """Yields the text of one answer, piece by piece, as `generate` would sample it; InputError for NaN.
+
+    transformers' TextStreamer holds words back until a space, so a script without spaces comes all at the
+    end, and decodes every line anew, which loses a line's leading space with Llama 2's kind of tokenizer.
+    """
+    stops, cache = set(stop_ids(model, tokenizer)), DynamicCache()
+    ids, text = [], ""
     inputs = torch.tensor([prompt_ids], device=model.device)
     for _ in range(config.max_completion_length):
         with torch.inference_mode(), autocast(compute):
@@ -1981,7 +1986,8 @@ def stream(model, tokenizer, prompt_ids, compute, config, generator):
         if token in stops:
             break
         ids.append(token)
-        inputs, whole = torch.tensor([[token]], device=model.device), tokenizer.decode(ids, skip_special_tokens=True)
+        inputs = torch.tensor([[token]], device=model.device)
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
         if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
             yield whole[len(text):]
             text = whole
@@ -2009,18 +2015,24 @@ def chat(config):
     """Reads lines from the keyboard or a pipe until /quit or its end; see Chat."""
     check_knobs(config, "temperature")
     heads, loaded = parse_heads(config.models), {}
-    system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no") if config.task else config.system
+    system = config.system
+    if config.task:
+        system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no")
     for name, source, adapter in heads:
         if source not in loaded:
-            loaded[source] = load_model(source, config.dtype, attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
+            loaded[source] = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
+                                        load_in_4bit=config.load_in_4bit)
         if adapter:
             model, *rest = loaded[source]
             loaded[source] = (read_adapter(model, adapter, source, name), *rest)
-    histories, generator = {name: [] for name, *_ in heads}, torch.Generator(loaded[heads[0][1]][0].device).manual_seed(config.seed)
+    histories = {name: [] for name, *_ in heads}
+    device = next(iter(loaded.values()))[0].device
+    generator = torch.Generator(device).manual_seed(config.seed)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 spoil their line alone
     keyboard = sys.stdin.isatty()
-    print("type a message; /clear, /system TEXT, /save FILE, /quit or Ctrl-D" if keyboard else f"heads: {', '.join(histories)}")
+    commands = "/clear, /system TEXT, /save FILE, /quit"
+    print(f"type a message; {commands} or Ctrl-D" if keyboard else f"heads: {', '.join(histories)}")
     while True:
         try:
             line = input("you: " if keyboard else "").strip()
@@ -2036,35 +2048,42 @@ def chat(config):
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return
-        if command in ("/clear", "/system"):
-            system = argument.strip() if command == "/system" else system
+        if command == "/clear":
             histories = {name: [] for name in histories}
-            print("system prompt: " + (system or "none") if command == "/system" else "cleared")
+            print("cleared")
+        elif command == "/system":
+            system, histories = argument.strip(), {name: [] for name in histories}
+            print(f"system prompt: {system or 'none'}")
         elif command == "/save":
             print(printable(save_chat(argument.strip() or "chat.json", system, histories)))
         elif command.startswith("/"):
-            print(f"{command} is no command: /clear, /system TEXT, /save FILE, /quit")
-        elif line:
-            for name, source, adapter in heads:
-                model, tokenizer, compute = loaded[source]
-                history = [*([{"role": "system", "content": system}] if system else []), *histories[name], {"role": "user", "content": line}]
-                print(f"{name}: ", end="", flush=True)
-                if adapter:
-                    model.set_adapter(name)
-                bare = not adapter and any(other for _, of, other in heads if of == source)  # the base under other heads' adapters
-                answer = ""
-                with model.disable_adapter() if bare else nullcontext():
-                    try:
-                        for piece in stream(model, tokenizer, encode_prompt(tokenizer, history), compute, config, generator):
-                            answer += piece
-                            print(printable(piece), end="", flush=True)
-                    except KeyboardInterrupt:  # enough of this answer
-                        pass
-                    except InputError as error:  # NaN: nothing to remember
-                        print(error)
-                        continue
-                print()
-                histories[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+            print(f"{command} is no command: {commands}")
+        if not line or command.startswith("/"):
+            continue
+        for name, source, adapter in heads:
+            model, tokenizer, compute = loaded[source]
+            messages = [*histories[name], {"role": "user", "content": line}]
+            if system:
+                messages.insert(0, {"role": "system", "content": system})
+            print(f"{name}: ", end="", flush=True)
+            if adapter:
+                model.set_adapter(name)
+            # the base under other heads' adapters
+            bare = not adapter and any(head[1] == source and head[2] for head in heads)
+            answer = ""
+            with model.disable_adapter() if bare else nullcontext():
+                try:
+                    prompt_ids = encode_prompt(tokenizer, messages)
+                    for piece in stream(model, tokenizer, prompt_ids, compute, config, generator):
+                        answer += piece
+                        print(printable(piece), end="", flush=True)
+                except KeyboardInterrupt:  # enough of this answer
+                    pass
+                except InputError as error:  # NaN: nothing to remember
+                    print(error)
+                    continue
+            print()
+            histories[name] += [messages[-1], {"role": "assistant", "content": answer}]
 
 
 # === merge ==================================================================================================
