@@ -22,7 +22,6 @@ makes one model of a base and an adapter, for servers: weights, tokenizer, gener
 import ctypes
 import dataclasses
 import functools
-import html
 import importlib.metadata
 import io
 import itertools
@@ -41,9 +40,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from string import Template
 from typing import Literal
-from urllib.parse import quote
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -52,6 +49,7 @@ import numpy
 import torch
 import transformers
 import tyro
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.generation import StopStringCriteria
@@ -938,160 +936,69 @@ def describe_samples(summary):
     return text
 
 
-# === report.html ======================================================================================================
+# === report.html ============================================================================================
 
-MODES = {"generated": "generated answers", "loglikelihood": "most likely option"}
-
-
-def _bars(mode, summaries):
-    """One figure: a bar a head on a scale from 0 to 400, whiskers for the 95% interval, the majority baseline dashed."""
-    bottom = 48 * len(summaries)
-    parts = [f'<path class="grid" d="M{x} 0V{bottom}"/><text x="{x}" y="{bottom + 18}" text-anchor="middle">{x // 4}%</text>'
-             for x in range(0, 401, 100)]
-    for top, (name, s) in zip(range(0, bottom, 48), summaries.items()):
-        value, interval = headline(s)
-        x, low, high = (round(400 * max(0, v), 1) for v in (value, *interval))
-        dashed = f'<path class="majority" d="M{round(400 * s["majority_accuracy"], 1)} {top}v48"/>' if "majority_accuracy" in s else ""
-        parts.append(f'<text x="4" y="{top + 15}">{html.escape(name)}</text>'
-                     f'<text x="400" y="{top + 15}" text-anchor="end">{value:.1%}</text>'
-                     f'<rect y="{top + 21}" width="{x}" height="18"/>{dashed}'
-                     f'<path class="whisker" d="M{low} {top + 25}v10m0-5H{high}m0-5v10"/>')
-    title, below = (MODES[mode].capitalize(), " Dashed: always giving the commonest answer.") if dashed else (
-        "Score of the answers, 100% is the most", "")
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="-14 0 436 {bottom + 24}" role="img" '
-            f'aria-label="Bars of {"accuracy" if dashed else "score"}; the numbers are in the next table">{"".join(parts)}</svg>'
-            f'<small>Whiskers: 95% interval.{below}</small></figure>')
-
-
-def _sample_curves(summaries):
-    """One figure: pass@k against k, a line a head; k on a scale of doublings. Guessing, where there are classes, dashed."""
-    width, height = 400, 200
-    n = max(s["samples"] for s in summaries.values())
-
-    def path(values):
-        points = (f"{width * math.log2(int(k)) / max(1, math.log2(n)):.1f} {height * (1 - v):.1f}"
-                  for k, v in values.items())
-        return "M" + "L".join(points)
-
-    parts = [f'<path class="grid" d="M0 {height * (1 - share / 100):g}H{width}"/>'
-             f'<text x="-6" y="{height * (1 - share / 100) + 5:g}" text-anchor="end">{share}%</text>' for share in range(0, 101, 25)]
-    first = next(iter(summaries.values()))
-    for k in first["pass_at_k"]:
-        x = width * math.log2(int(k)) / max(1, math.log2(n))
-        parts.append(f'<text x="{x:.1f}" y="{height + 20}" text-anchor="middle">{k}</text>')
-    if "guess_pass_at_k" in first:
-        parts.append(f'<path class="majority line" d="{path(first["guess_pass_at_k"])}"/>')
-    labels = sorted(((s["pass_at_k"][max(s["pass_at_k"], key=int)], number, name)
-                     for number, (name, s) in enumerate(summaries.items())), reverse=True)
-    lowest = -20.0  # two heads can end at the same height: labels stand below each other
-    for value, number, name in labels:
-        lowest = max(lowest + 17, height * (1 - value) + 5)
-        parts.append(f'<text class="label{number % 4}" x="{width + 8}" y="{lowest:.1f}">{html.escape(name)}</text>')
-    parts += [f'<path class="line line{number % 4}" d="{path(s["pass_at_k"])}"/>' for number, s in enumerate(summaries.values())]
-    below = " Dashed: guessing evenly among the classes." if "guess_pass_at_k" in first else ""
-    return (f'<figure><figcaption>pass@k: at least one of k samples is right</figcaption>'
-            f'<svg viewBox="-52 -10 {width + 160} {height + 40}" role="img" aria-label="Lines of pass@k against k; the numbers '
-            f'are in the table of sampled answers">{"".join(parts)}</svg><small>k samples a question.{below}</small></figure>')
-
-
-def _samples_table(summaries):
-    """What each head's sampled answers show, and what guessing would."""
-    first = next(iter(summaries.values()))
-    ks = list(first["pass_at_k"])
-    votes = "maj_at_n" in first
-    columns = ["head", "mean accuracy", *(f"pass@{k}" for k in ks if k != "1"), *([f"maj@{first['samples']}"] if votes else [])]
-    lines = [[html.escape(name), f"{s['mean_accuracy']:.1%}", *(f"{s['pass_at_k'][k]:.1%}" for k in ks if k != "1"),
-              *([f"{s['maj_at_n']:.1%}"] if votes else [])] for name, s in summaries.items()]
-    if votes:
-        guess = first["guess_pass_at_k"]
-        lines.append(["guessing", f"{guess['1']:.1%}", *(f"{guess[k]:.1%}" for k in ks if k != "1"), f"{guess['1']:.1%}"])
-    return _table(f"Sampled answers ({first['samples']} a question)", columns, lines)
+MODES = {"generated": "generated answers", "loglikelihood": "most likely answer"}
 
 
 def headline(summary):
-    """(value, interval) of what a summary is about: the score of free text, the accuracy of everything else."""
+    """(value, interval) of what a summary is about: the score of free text, the accuracy of all else."""
     name = "score" if "score" in summary else "accuracy"
     return summary[name], summary[f"{name}_ci95"]
 
 
-def _table(caption, columns, lines):
-    """A table in a box that scrolls on its own. Cells are HTML; the first of each line is that line's heading."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    body = "".join(f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-                   for first, *cells in lines)
-    return (f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>'
-            f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+def sample_curves(summaries):
+    """([{name, points, label}] of the heads' pass@k, points of guessing or None) for a chart of 400 by 200.
+
+    points: {k: (x, y)}, k on a scale of doublings; label: the y of the head's name beside the line's end.
+    """
+    doublings = max(1, math.log2(max(s["samples"] for s in summaries.values())))
+
+    def points(values):
+        return {k: (round(400 * math.log2(int(k)) / doublings, 1), round(200 * (1 - value), 1))
+                for k, value in values.items()}
+
+    curves = [{"name": name, "points": points(s["pass_at_k"])} for name, s in summaries.items()]
+    for curve in curves:
+        curve["label"] = list(curve["points"].values())[-1][1] + 5
+    lowest = -20.0
+    for curve in sorted(reversed(curves), key=lambda curve: curve["label"]):  # lines that end together
+        lowest = curve["label"] = max(lowest + 17, curve["label"])  # have their names below each other
+    guess = next(iter(summaries.values())).get("guess_pass_at_k")
+    return curves, points(guess) if guess else None
 
 
 def report_html(title, heads, rows, paired=()):
-    """One self-contained page that compares model heads on the same questions: chart, tables, and each question to read.
+    """One self-contained page that compares model heads on the same questions: charts, tables, each question.
 
-    heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; summary: accuracy, accuracy_ci95, n,
-    majority_accuracy, by_subject {subject: {n, accuracy, accuracy_ci95}} and, of generated answers, format_rate, mean_length, and
-    what summarize_samples gives; of
-    free text score, score_ci95 and parts.
-    rows: {"id", "question", "options", "ground_truth", "subject", "answers": {name: {"answer", "accuracy", "completion"}}}.
-    paired: {"before", "after", "mode", "only_before", "only_after", "p_value"}, names of heads and counts of questions.
-    Returns HTML that loads nothing and shows whatever a model wrote as text.
+    heads: {name: {"generated": summary, "loglikelihood": summary}}, either may be missing; a summary is what
+    summarize returns. rows: {"id", "question", "options", "ground_truth", "subject",
+    "answers": {name: {"answer", "accuracy", "completion"}}}. paired: {"before", "after", "mode",
+    "only_before", "only_after", "p_value"}, names of heads and counts of questions. Returns HTML that loads
+    nothing and shows whatever a model wrote as text.
     """
     modes = {mode: {name: head[mode] for name, head in heads.items() if head.get(mode)} for mode in MODES}
     modes = {mode: summaries for mode, summaries in modes.items() if summaries}
+    sampled = {name: s for name, s in modes.get("generated", {}).items() if "pass_at_k" in s}
+    curves, guess = sample_curves(sampled) if sampled else (None, None)
+    passes, subjects = {}, {}
+    for s in sampled.values():
+        passes |= {f"pass@{k}": k for k in s["pass_at_k"] if k != "1"}
+    for s in next(iter(modes.values())).values():
+        subjects |= s.get("by_subject", {})
+    subjects = dict(sorted(subjects.items(), key=lambda item: (-item[1]["n"], item[0])))
     readable = [name for name in heads if any(name in row["answers"] for row in rows)]
     tested = [(p["before"], p["after"]) for p in paired if p["mode"] == "generated"]
-    free_text = any("score" in summary for summaries in modes.values() for summary in summaries.values())
-    data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])), "rows": rows, "freeText": free_text}
-    words = ("better", "worse", "sign test on scores") if free_text else ("newly right", "newly wrong", "McNemar")
-
-    def named(name, mode):
-        return f"{html.escape(name)} <small>{MODES[mode]}</small>"
-
-    def score(s):
-        return "{:.1%} <small>({:.1%} to {:.1%})</small>".format(s["accuracy"], *s["accuracy_ci95"]) if s else "–"
-
-    def majority(s):
-        named_class = f" <small>always {html.escape(s['majority_class'])}</small>" if "majority_class" in s else ""
-        return f"{s['majority_accuracy']:.1%}{named_class}" if "majority_accuracy" in s else "–"
-
-    def count(p, kind, key):
-        view = quote(f"{kind}: {p['before']} → {p['after']}")
-        return f'<a href="#filter={view}">{p[key]}</a>' if p["mode"] == "generated" else p[key]
-
-    def verdict(p):
-        better = p["after"] if p["only_after"] > p["only_before"] else p["before"]
-        return f"{html.escape(better)} is better" if p["p_value"] < 0.05 else "no difference shown"
-
-    tables = _table("Heads", ["head", "all right (95% interval)" if free_text else "accuracy (95% interval)", "questions",
-                              "commonest answer", "format", "mean length"], [
-        [named(name, mode), score(s), s["n"], majority(s),
-         f"{s['format_rate']:.1%}" if "format_rate" in s else "–", f"{s['mean_length']:.1f}" if "mean_length" in s else "–"]
-        for mode, summaries in modes.items() for name, s in summaries.items()])
-    if free_text:
-        summaries = modes["generated"]
-        tables += _table("Parts of the score (95% interval)", ["part", *map(html.escape, summaries)], [
-            [part, *("{:.3f} <small>({:.3f} to {:.3f})</small>".format(value, *interval) for value, interval in (
-                headline(s) if part == "score" else (s["parts"][part]["mean"], s["parts"][part]["ci95"]) for s in summaries.values()))]
-            for part in ("score", *next(iter(summaries.values()))["parts"])])
-    sampled = {name: s for name, s in modes.get("generated", {}).items() if "pass_at_k" in s}
-    if sampled:
-        tables += _samples_table(sampled)
-    if paired:
-        tables += _table(f"Paired tests ({words[2]})", ["before → after", *words[:2], *["ties"] * free_text, "p", "verdict"], [
-            [named(f"{p['before']} → {p['after']}", p["mode"]), count(p, words[0], "only_after"),
-             count(p, words[1], "only_before"), *[p.get("ties")] * free_text, f"{p['p_value']:.2g}", verdict(p)] for p in paired])
-    mode, summaries = next(iter(modes.items()))
-    sizes = {subject: part["n"] for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
-    if sizes:
-        baselines = {subject: majority(part) for s in summaries.values() for subject, part in s.get("by_subject", {}).items()}
-        tables += _table(f"By subject: {MODES[mode]}", ["subject", "questions", "commonest answer", *map(html.escape, summaries)], [
-            [html.escape(subject), sizes[subject], baselines[subject],
-             *(score(s.get("by_subject", {}).get(subject)) for s in summaries.values())]
-            for subject in sorted(sizes, key=lambda subject: (-sizes[subject], subject))])
-    page = Template((Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8"))
-    return page.substitute(
-        title=html.escape(title), what="Score" if free_text else "Accuracy", intro=f"How {html.escape(', '.join(heads))} answer the same questions, and what each wrote.",
-        charts="".join(_bars(*item) for item in modes.items()) + (_sample_curves(sampled) if sampled else ""), tables=tables,
-        # "<" could close the script element; json.dumps itself escapes all beyond ASCII: U+2028, U+2029, lone surrogates.
-        data=json.dumps(data).replace("<", "\\u003c"))
+    free_text = any("score" in s for summaries in modes.values() for s in summaries.values())
+    data = {"heads": readable, "pairs": list(dict.fromkeys([*zip(readable, readable[1:]), *tested])),
+            "rows": rows, "freeText": free_text}
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "data")
+    pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined,
+                               trim_blocks=True, lstrip_blocks=True)
+    pages.filters["percent"] = "{:.1%}".format
+    return pages.get_template("report.html").render(
+        title=title, heads=heads, kinds=MODES, modes=modes, headline=headline, free_text=free_text, data=data,
+        paired=paired, sampled=sampled, curves=curves, guess=guess, passes=passes, subjects=subjects)
 
 
 # === doctor: will it fit ==============================================================================================
@@ -1594,7 +1501,7 @@ def main(config):
     print(f"written: {folder}/summary.json, {folder}/eval.jsonl")
 
 
-# === chat =============================================================================================================
+# === chat ===================================================================================================
 
 
 @dataclass
@@ -1603,7 +1510,7 @@ class Chat:
 
     models: tuple[str, ...] = ("tiny=tiny",)  # heads, each NAME=MODEL or NAME=MODEL+ADAPTER
     system: str = ""  # system prompt ("" = none); /system changes it
-    task: Literal["", "pubmedqa", "medmcqa", "ecg", "medical_o1"] = ""  # instead: the system prompt that a task trains with
+    task: Literal["", "pubmedqa", "medmcqa", "ecg", "medical_o1"] = ""  # instead: a task's own system prompt
     temperature: float = 0.7  # of sampling (0 = the likeliest token)
     max_completion_length: int = 400  # tokens an answer may have
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what to compute in
@@ -1613,8 +1520,13 @@ class Chat:
 
 
 def stream(model, tokenizer, prompt_ids, compute, config, generator):
-    """Yields the text of one answer, piece by piece, as `generate` would sample it; InputError for NaN."""
-    stops, ids, text, cache = set(stop_ids(model, tokenizer)), [], "", DynamicCache()
+    """Yields the text of one answer, piece by piece, as `generate` would sample it; InputError for NaN.
+
+    transformers' TextStreamer holds words back until a space, so a script without spaces comes all at the
+    end, and decodes every line anew, which loses a line's leading space with Llama 2's kind of tokenizer.
+    """
+    stops, cache = set(stop_ids(model, tokenizer)), DynamicCache()
+    ids, text = [], ""
     inputs = torch.tensor([prompt_ids], device=model.device)
     for _ in range(config.max_completion_length):
         with torch.inference_mode(), autocast(compute):
@@ -1630,7 +1542,8 @@ def stream(model, tokenizer, prompt_ids, compute, config, generator):
         if token in stops:
             break
         ids.append(token)
-        inputs, whole = torch.tensor([[token]], device=model.device), tokenizer.decode(ids, skip_special_tokens=True)
+        inputs = torch.tensor([[token]], device=model.device)
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
         if not whole.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
             yield whole[len(text):]
             text = whole
@@ -1658,18 +1571,24 @@ def chat(config):
     """Reads lines from the keyboard or a pipe until /quit or its end; see Chat."""
     check_knobs(config, "temperature")
     heads, loaded = parse_heads(config.models), {}
-    system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no") if config.task else config.system
+    system = config.system
+    if config.task:
+        system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no")
     for name, source, adapter in heads:
         if source not in loaded:
-            loaded[source] = load_model(source, config.dtype, attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
+            loaded[source] = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
+                                        load_in_4bit=config.load_in_4bit)
         if adapter:
             model, *rest = loaded[source]
             loaded[source] = (read_adapter(model, adapter, source, name), *rest)
-    histories, generator = {name: [] for name, *_ in heads}, torch.Generator(loaded[heads[0][1]][0].device).manual_seed(config.seed)
+    histories = {name: [] for name, *_ in heads}
+    device = next(iter(loaded.values()))[0].device
+    generator = torch.Generator(device).manual_seed(config.seed)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 spoil their line alone
     keyboard = sys.stdin.isatty()
-    print("type a message; /clear, /system TEXT, /save FILE, /quit or Ctrl-D" if keyboard else f"heads: {', '.join(histories)}")
+    commands = "/clear, /system TEXT, /save FILE, /quit"
+    print(f"type a message; {commands} or Ctrl-D" if keyboard else f"heads: {', '.join(histories)}")
     while True:
         try:
             line = input("you: " if keyboard else "").strip()
@@ -1685,140 +1604,130 @@ def chat(config):
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return
-        if command in ("/clear", "/system"):
-            system = argument.strip() if command == "/system" else system
+        if command == "/clear":
             histories = {name: [] for name in histories}
-            print("system prompt: " + (system or "none") if command == "/system" else "cleared")
+            print("cleared")
+        elif command == "/system":
+            system, histories = argument.strip(), {name: [] for name in histories}
+            print(f"system prompt: {system or 'none'}")
         elif command == "/save":
             print(printable(save_chat(argument.strip() or "chat.json", system, histories)))
         elif command.startswith("/"):
-            print(f"{command} is no command: /clear, /system TEXT, /save FILE, /quit")
-        elif line:
-            for name, source, adapter in heads:
-                model, tokenizer, compute = loaded[source]
-                history = [*([{"role": "system", "content": system}] if system else []), *histories[name], {"role": "user", "content": line}]
-                print(f"{name}: ", end="", flush=True)
-                if adapter:
-                    model.set_adapter(name)
-                bare = not adapter and any(other for _, of, other in heads if of == source)  # the base under other heads' adapters
-                answer = ""
-                with model.disable_adapter() if bare else nullcontext():
-                    try:
-                        for piece in stream(model, tokenizer, encode_prompt(tokenizer, history), compute, config, generator):
-                            answer += piece
-                            print(printable(piece), end="", flush=True)
-                    except KeyboardInterrupt:  # enough of this answer
-                        pass
-                    except InputError as error:  # NaN: nothing to remember
-                        print(error)
-                        continue
-                print()
-                histories[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+            print(f"{command} is no command: {commands}")
+        if not line or command.startswith("/"):
+            continue
+        for name, source, adapter in heads:
+            model, tokenizer, compute = loaded[source]
+            messages = [*histories[name], {"role": "user", "content": line}]
+            if system:
+                messages.insert(0, {"role": "system", "content": system})
+            print(f"{name}: ", end="", flush=True)
+            if adapter:
+                model.set_adapter(name)
+            # the base under other heads' adapters
+            bare = not adapter and any(head[1] == source and head[2] for head in heads)
+            answer = ""
+            with model.disable_adapter() if bare else nullcontext():
+                try:
+                    prompt_ids = encode_prompt(tokenizer, messages)
+                    for piece in stream(model, tokenizer, prompt_ids, compute, config, generator):
+                        answer += piece
+                        print(printable(piece), end="", flush=True)
+                except KeyboardInterrupt:  # enough of this answer
+                    pass
+                except InputError as error:  # NaN: nothing to remember
+                    print(error)
+                    continue
+            print()
+            histories[name] += [messages[-1], {"role": "assistant", "content": answer}]
 
 
-# === merge ============================================================================================================
+# === merge ==================================================================================================
 
 
 @dataclass
 class Merge:
-    """Writes a folder to serve or to publish: base and adapter as one model, tokenizer, generation config, model card."""
+    """Writes a folder to serve or publish: base and adapter as one, tokenizer, generation config, card."""
 
     model: str  # the adapter's base, or a model that was trained as a whole: tiny, a folder, or a hub id
     out: str  # folder to write
     adapter: str = ""  # adapter folder, such as runs/my-run/model ("" = --model needs none)
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: fp32 on CPU, bf16 (or fp16) on a GPU
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [medical, question-answering]
-${base_line}---
-
-# $name
-
-`$base`, trained by $method on $data.
-
-| $questions | before | after |
-|---|---|---|
-$table
-
-$verdict
-
-## Use
-
-$prompt
-
-For research and teaching: how such training changes a small model. **This is no medical device.** It must not be used to diagnose,
-to treat, or to advise anyone; its answers can be wrong and sound right. The numbers above hold for these questions only.
-The licences of the base model and of the data apply.
-
-## Settings
-
-Weights: $dtype, safetensors. $versions
-
-```json
-$settings
-```
-"""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the weights; auto: fp32, on a GPU bf16/fp16
 
 
 def card_results(summary):
-    """(questions, table, verdict, versions) of the card, from the summary.json of a run.
+    """What the model card says of a run's results, by the template's names, from the summary.json of the run.
 
     Raises KeyError, TypeError, ValueError or AttributeError where it is something else.
     """
     before, after = summary["before"], summary["after"]
-    values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval) for value, interval in
-              map(headline, (before, after))]
-    table = "\n".join(f"| {label} | {one} | {two} |" for label, one, two in (
-        (f"{'score' if 'score' in after else 'accuracy'} [95% interval]", *values),
-        ("format kept", *(f"{side['format_rate']:.3f}" for side in (before, after)))))
-    verdict = f"Before is what training started from. Paired: {describe_pair(summary['paired'], after['n'])}."
-    if "majority_accuracy" in after:
-        verdict += f" Always giving the commonest answer: {after['majority_accuracy']:.3f}."
+    label = "score [95% interval]" if "score" in after else "accuracy [95% interval]"
+    values = ["{:.3f} [{:.3f}, {:.3f}]".format(value, *interval)
+              for value, interval in map(headline, (before, after))]
+    formats = [f"{side['format_rate']:.3f}" for side in (before, after)]
     versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-    versions += f"; {summary['seconds']:.0f} seconds of training." if "seconds" in summary else ""
-    return f"{after['n']} held-out questions, greedy answers", table, verdict, versions
+    if "seconds" in summary:
+        versions += f"; {summary['seconds']:.0f} seconds of training."
+    results = {"n": after["n"], "rows": [(label, *values), ("format kept", *formats)],
+               "paired": describe_pair(summary["paired"], after["n"]), "versions": versions}
+    if "majority_accuracy" in after:
+        results["majority"] = f"{after['majority_accuracy']:.3f}"
+    return results
 
 
 def model_card(config, dtype):
-    """Text of the card. What training did is read from the run's folder, in which the trained folder lies; of what is not there the
-    card says that it is not known.
+    """Text of the card. What training did is read from the run's folder, in which the trained folder lies; of
+    what is not there the card says that it is not known.
     """
-    run, known = Path(config.adapter or config.model).expanduser().resolve().parent, {}
-    for name in ("config", "summary"):
+    run = Path(config.adapter or config.model).expanduser().resolve().parent
+    files = {}
+    for name in ("config.json", "summary.json"):
         try:
-            known[name] = json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
+            files[name] = json.loads((run / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            known[name] = {}
-    settings, summary = known["config"], known["summary"]
+            files[name] = {}
+    settings, summary = files["config.json"], files["summary.json"]
     if not isinstance(settings, dict) or {type(settings.get(key)) for key in ("model", "data")} != {str}:
         settings = {}  # of something else: transformers has a config.json too
     try:
-        questions, table, verdict, versions = card_results(summary)
+        results = card_results(summary)
     except (KeyError, TypeError, ValueError, AttributeError):  # none there, or of something else
-        questions, table, versions = "held-out questions", "| not known | | |", ""
-        verdict = "No summary.json of a training run lies beside the trained folder."
+        results = {}
     try:  # the task is in the ids of the questions
-        source = json.loads((run / "eval_after.jsonl").read_text(encoding="utf-8").split("\n")[0])["id"].partition(":")[0]
-        task = next(name for name in TASKS if source.startswith(name))
+        first = (run / "eval_after.jsonl").read_text(encoding="utf-8").split("\n")[0]
+        task = next(name for name in TASKS if json.loads(first)["id"].startswith(name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         task = ""
-    if task and not settings.get("system_prompt"):
-        words = TASKS[task].SYSTEM_PROMPT.replace("{classes}", "yes, no or maybe" if settings.get("maybe") else "yes or no")
-        prompt = f"It was trained with this system prompt:\n\n```\n{words}\n```"
-    else:
-        prompt = "It was trained with a system prompt of its own" + (f" ({settings['system_prompt']})." if task else ", which is not known here.")
+    system_prompt, prompt_file = "", settings.get("system_prompt", "") if task else ""
+    if task and not prompt_file:
+        classes = "yes, no or maybe" if settings.get("maybe") else "yes or no"
+        system_prompt = TASKS[task].SYSTEM_PROMPT.replace("{classes}", classes)
+    method = "a run that is not known"
+    if "group_size" in settings:
+        method = "GRPO"
+    elif "num_epochs" in settings:
+        method = "supervised fine-tuning"
     base = config.model if config.adapter or not settings else settings["model"]
-    method = "GRPO" if "group_size" in settings else "supervised fine-tuning" if "num_epochs" in settings else "a run that is not known"
-    on_hub = base.count("/") == 1 and not Path(base).exists()
-    return Template(CARD).substitute(
-        name=Path(config.out).name, base=base, base_line=f"base_model: {base}\n" if on_hub else "", method=method,
-        data=f"{task} ({settings['data']})" if task and settings else "data that are not known", questions=questions, table=table,
-        verdict=verdict, prompt=prompt, dtype=dtype,
-        versions=versions,
-        settings=json.dumps({k: v for k, v in settings.items() if k not in ("out", "resume", "wandb", "wandb_project")}, indent=1))
+    name, data = Path(config.out).name, "data that are not known"
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation",
+                             tags=["medical", "question-answering"])
+    if base.count("/") == 1 and not Path(base).exists():
+        metadata.base_model = base  # on the hub
+    if task and settings:
+        data = f"{task} ({settings['data']})"
+    if task and settings and results:
+        metric = "score" if "score" in summary["after"] else "accuracy"
+        metadata.model_name = name
+        metadata.eval_results = [EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=data, dataset_split="held out",
+            dataset_args={"n": results["n"]}, metric_type=metric, metric_value=summary["after"][metric])]
+    settings = {key: value for key, value in settings.items()
+                if key not in ("out", "resume", "wandb", "wandb_project")}
+    card = ModelCard.from_template(
+        metadata, template_path=str(Path(__file__).parent / "data" / "model_card.md"), name=name, base=base,
+        method=method, data=data, system_prompt=system_prompt, prompt_file=prompt_file, dtype=dtype,
+        settings=json.dumps(settings, indent=1), **results)
+    return f"{card}\n"
 
 
 def merge(config):
@@ -1830,17 +1739,19 @@ def merge(config):
         raise InputError(f"--out {config.out} is there already, and not an empty folder: take another")
     model, tokenizer, compute = load_model(config.model, config.dtype)
     if config.adapter and hasattr(model, "peft_config"):
-        raise InputError(f"--model {config.model} is an adapter folder: name the base there, or leave --adapter out")
+        raise InputError(f"--model {config.model} is an adapter folder: name the base there, or leave "
+                         "--adapter out")
     if config.adapter:
         model = read_adapter(model, config.adapter, config.model)
     if hasattr(model, "peft_config"):
         try:
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:  # NaN in the adapter
-            raise InputError(f"--adapter {config.adapter or config.model} cannot be merged: {error}") from None
+            adapter = config.adapter or config.model
+            raise InputError(f"--adapter {adapter} cannot be merged: {error}") from None
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            advice = " (try --dtype bf16 or fp32)" * (compute == torch.float16)
+            advice = " (try --dtype bf16 or fp32)" if compute == torch.float16 else ""
             raise InputError(f"--model {config.model} cannot be merged: {name} holds NaN or infinity{advice}")
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)  # a server stops where training did
     card = model_card(config, str(compute).removeprefix("torch."))

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 import eval as evaluation
@@ -120,6 +121,10 @@ def test_a_merged_folder_is_whole(runs, name):
     else:
         assert prompt == json.loads((run / "samples.jsonl").read_text().splitlines()[0])["prompt"][0]["content"]
     assert summary["versions"]["transformers"] in body and "$" not in body
+    [result] = ModelCard(card).data.eval_results
+    assert (result.metric_type, result.metric_value) == (value, summary["after"][value])
+    assert result.dataset_args == {"n": 4} and "(builtin)" in result.dataset_name
+    assert not any(sign in body for sign in ("{{", "{%", "Undefined"))
 
 
 def test_a_merged_model_answers_as_the_adapter_does(runs, tmp_path):
@@ -141,6 +146,7 @@ def test_an_adapter_folder_alone_is_merged_and_one_of_no_run_has_a_card(runs, tm
     assert weights == (runs[0] / "grpo_ecg-merged" / "model.safetensors").read_bytes()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "not known" in card and "no medical device" in card and "before | after" in card
+    assert ModelCard(card).data.eval_results is None and "model-index" not in card
 
 
 def test_a_template_less_base_gets_one_and_hub_ids_are_named(tmp_path, monkeypatch):
