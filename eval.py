@@ -2,22 +2,26 @@
 
     python eval.py --task pubmedqa --model runs/my-run/model --data hub --out runs/eval-mine
 
-scores a model on the held-out questions of a dataset: greedy accuracy with its 95% interval, the majority baseline, macro-F1,
-format rate, and pass@k and maj@N of --samples N sampled answers. It writes eval.jsonl (a line an example) and summary.json.
+scores a model on the held-out questions of a dataset: greedy accuracy with its 95% interval, the majority
+baseline, macro-F1, format rate, and pass@k and maj@N of --samples N sampled answers. It writes eval.jsonl (a
+line an example) and summary.json.
 
     python eval.py --task medmcqa --models base=M sft=M+ADAPTER grpo=M+ADAPTER --mode both --out runs/compare
 
-scores several heads on the same rows, the base loaded once, with paired tests between them; --mode adds the log-likelihood of
-the possible answers (PubMedQA's three classes, MedMCQA's letters), as lm-evaluation-harness scores them. It
-writes results.jsonl (a line a question), summary.json, and report.html, a page to look through.
+scores several heads on the same rows, the base loaded once, with paired tests between them; --mode adds the
+log-likelihood of the possible answers (PubMedQA's three classes, MedMCQA's letters), as lm-evaluation-harness
+scores them. It writes results.jsonl (a line a question), summary.json, and report.html, a page to look
+through.
 
     python eval.py chat --models base=M grpo=M+ADAPTER
 
-talks with heads, one after the other under their names; /clear, /system TEXT, /save FILE, /quit or Ctrl-D. Works from a pipe.
+talks with heads, one after the other under their names; /clear, /system TEXT, /save FILE, /quit or Ctrl-D.
+Works from a pipe.
 
     python eval.py merge --model M --adapter ADAPTER --out DIR
 
-makes one model of a base and an adapter, for servers: weights, tokenizer, generation config, and a card of how it was made.
+makes one model of a base and an adapter, for servers: weights, tokenizer, generation config, and a card of
+how it was made.
 """
 import ctypes
 import dataclasses
@@ -57,7 +61,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import (TINY, InputError, check_knobs, check_out, described, hub_message, load_task, one_line_errors,
+from data import (TINY, InputError, check_knobs, check_out, described, hub_message, load_task,
+                  one_line_errors,
                   out_of_memory, printable, write_whole)
 from data.prepare import TASKS
 
@@ -68,11 +73,12 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 
 def keep_freed_memory():
-    """On Linux with glibc, keeps what is freed for the next tensor; elsewhere does nothing. Called once, at a script's start.
+    """On Linux with glibc, keeps what is freed for the next tensor; elsewhere does nothing. Called once, at a
+    script's start.
 
-    Left alone, the C library takes every large tensor fresh from the kernel, which has to zero its pages, and gives it
-    back at once (tests/test_survival.py counts the pages). The variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_
-    and MALLOC_TOP_PAD_ do the same where they are set before the start.
+    Left alone, the C library takes every large tensor fresh from the kernel, which has to zero its pages, and
+    gives it back at once (tests/test_survival.py counts the pages). The variables MALLOC_MMAP_THRESHOLD_,
+    MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do the same where they are set before the start.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -84,7 +90,7 @@ def keep_freed_memory():
     mallopt(M_TOP_PAD, 2**28)
 
 
-# === models ===========================================================================================================
+# === models =================================================================================================
 
 # For models whose tokenizer has no chat template: plain text, the answer ended by the tokenizer's EOS.
 PLAIN_TEMPLATE = """{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}
@@ -96,7 +102,9 @@ PLAIN_TEMPLATE = """{% for message in messages %}{% if message['role'] == 'syste
 
 
 def pick_dtype(dtype, device):
-    """torch dtype to compute in. "auto": fp32 on CPU, bf16 on cards that have it, fp16 on those that do not (T4, V100)."""
+    """torch dtype to compute in. "auto": fp32 on CPU, bf16 on cards that have it, fp16 on those that do not
+    (T4, V100).
+    """
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type == "cpu":
@@ -105,13 +113,18 @@ def pick_dtype(dtype, device):
 
 
 def find_model(name):
-    """(what from_pretrained loads, the adapter folder to put on it or None) of a --model; raises InputError."""
+    """(what from_pretrained loads, the adapter folder to put on it or None) of a --model; raises InputError.
+    """
     folder = TINY if name == "tiny" else Path(name).expanduser()
-    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~" or folder.exists()):
-        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like ORG/NAME is needed)")
+    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~"
+                                or folder.exists()):
+        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like "
+                         "ORG/NAME is needed)")
     source = str(folder) if folder.is_dir() else name
-    if folder.is_dir() and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)")
+    if folder.is_dir() and not any((folder / file).exists()
+                                   for file in ("config.json", "adapter_config.json")):
+        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an "
+                         "adapter)")
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         return adapter_base(folder), source
     return source, None
@@ -132,38 +145,48 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     """Loads a model and its tokenizer, in eval mode (dropout off), and prints what was chosen.
 
     name: "tiny" (data/tiny), a folder, a folder with a peft adapter (its base is loaded too), or a hub id.
-    dtype: auto, bf16, fp16 or fp32, what to compute in (see pick_dtype). fp32_weights: keep the weights themselves in fp32
-    (master weights; run the model under torch.autocast then). load_in_4bit: through bitsandbytes.
-    Returns (model, tokenizer, compute dtype). Only safetensors are read and no code from the model's folder is run.
-    Raises InputError for whatever cannot be loaded.
+    dtype: auto, bf16, fp16 or fp32, what to compute in (see pick_dtype). fp32_weights: keep the weights
+    themselves in fp32 (master weights; run the model under torch.autocast then). load_in_4bit: through
+    bitsandbytes. Returns (model, tokenizer, compute dtype). Only safetensors are read and no code from the
+    model's folder is run. Raises InputError for whatever cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute, (source, adapter) = pick_dtype(dtype, device), find_model(name)
-    options = {"dtype": torch.float32 if fp32_weights else compute, "attn_implementation": attn_implementation,
+    options = {"dtype": torch.float32 if fp32_weights else compute,
+               "attn_implementation": attn_implementation,
                "use_safetensors": True, "trust_remote_code": False}  # False, not unset, which asks the user
     if load_in_4bit:
         try:
             import bitsandbytes  # noqa: F401  (optional; transformers uses it)
         except ImportError:
-            raise InputError("4-bit loading needs bitsandbytes: pip install bitsandbytes, or leave --load_in_4bit out") from None
+            raise InputError("4-bit loading needs bitsandbytes: pip install bitsandbytes, or leave "
+                             "--load_in_4bit out") from None
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, bnb_4bit_use_double_quant=True)
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=True)
         options["device_map"] = {"": device}
     try:
         has_tokenizer = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else source,
+                                                  trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
         if adapter:
             from peft import PeftModel
             model = PeftModel.from_pretrained(model, adapter)
-    except Exception as error:  # a dozen types of transformers, hub, safetensors and json, one thing to the user: no model
+    except Exception as error:
+        # a dozen types of transformers, hub, safetensors and json, one thing to the user: no model
         kernel = f" with --attn_implementation {attn_implementation}" * (attn_implementation != "sdpa")
-        raise InputError(hub_message(f"model {name}{kernel}", error, "--model tiny, or --model PATH to a local folder")) from error
-    capped = [key for key in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
+        raise InputError(hub_message(f"model {name}{kernel}", error, "--model tiny, or --model PATH to a "
+                                                                     "local folder")) from error
+    capped = [key
+              for key in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling",
+                          "logit_scale")
               if getattr(model.config.get_text_config(), key, None) not in (None, 1.0)]
-    capped += ["a bias of the output layer"] if getattr(model.get_output_embeddings(), "bias", None) is not None else []
+    capped += ["a bias of the output layer"] if getattr(model.get_output_embeddings(), "bias",
+                                                        None) is not None else []
     if capped:
-        raise InputError(f"model {name}: {capped[0]} is not supported here (Gemma 2, Granite, Cohere and Phi-2 have such)")
+        raise InputError(f"model {name}: {capped[0]} is not supported here (Gemma 2, Granite, Cohere and "
+                         "Phi-2 have such)")
     if not load_in_4bit:
         model.to(device)
     model.eval()
@@ -172,24 +195,31 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
         tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
         print(f"model: {name} has no chat template: prompts are plain text ('User: ...', 'Assistant: ')")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from positions, never from token values
+        # harmless: masks come from positions, never from token values
+        tokenizer.pad_token = tokenizer.eos_token
     parameters = sum(p.numel() for p in model.parameters())
     weights = "4-bit" if load_in_4bit else str(options["dtype"]).removeprefix("torch.")
     print(f"model: {name}, {parameters / 1e6:,.1f}M parameters, {weights} weights, computing in "
           f"{str(compute).removeprefix('torch.')} on "
-          + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"))
+          + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} "
+                                                                        "threads)"))
     return model, tokenizer, compute
 
 
 def new_adapter(model, r, alpha, seed):
-    """`model` with a fresh LoRA adapter on all its linear layers but the output's, whatever their names (Phi's are fused)."""
+    """`model` with a fresh LoRA adapter on all its linear layers but the output's, whatever their names
+    (Phi's are fused).
+    """
     from peft import LoraConfig, get_peft_model  # a second to import, and full fine-tuning needs none of it
     torch.manual_seed(seed)  # of the first factor; the second starts at zero, so the model starts as it was
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    return get_peft_model(model,
+                          LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear",
+                                     task_type="CAUSAL_LM")).eval()
 
 
 def read_adapter(model, folder, name, adapter_name="default"):
-    """`model` with the trained adapter in `folder` added, ready to be trained on. name: of the model, for messages.
+    """`model` with the trained adapter in `folder` added, ready to be trained on. name: of the model, for
+    messages.
 
     adapter_name: what to call the adapter in the model. Raises InputError.
     """
@@ -197,21 +227,25 @@ def read_adapter(model, folder, name, adapter_name="default"):
     base = adapter_base(folder)
     known = model.config._name_or_path
     if base != known and Path(base).parts[-2:] != Path(known).parts[-2:]:  # folders may have moved, names not
-        raise InputError(f"adapter {folder} was trained on {base}, not on --model {name}: an adapter fits its own base only")
+        raise InputError(f"adapter {folder} was trained on {base}, not on --model {name}: an adapter fits "
+                         "its own base only")
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name, is_trainable=True)
             return model.eval()
         return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=True).eval()
-    except Exception as error:  # many types of peft, safetensors and torch, one thing to the user: not this adapter
-        raise InputError(f"adapter {folder} cannot be loaded into {name} ({type(error).__name__}: {str(error)[:200]})") from error
+    except Exception as error:
+        # many types of peft, safetensors and torch, one thing to the user: not this adapter
+        raise InputError(f"adapter {folder} cannot be loaded into {name} ({type(error).__name__}: "
+                         f"{str(error)[:200]})") from error
 
 
 def load_policy(config, task):
     """What a LoRA script trains: (model, tokenizer, compute dtype), the base with an adapter named "default".
 
-    config: of the script, whose --adapter is a folder, none, or "" for what sft.py --task TASK wrote, if anything. A
-    folder that holds a whole model (sft.py --lora_r 0) becomes the base of a fresh adapter. Raises InputError.
+    config: of the script, whose --adapter is a folder, none, or "" for what sft.py --task TASK wrote, if
+    anything. A folder that holds a whole model (sft.py --lora_r 0) becomes the base of a fresh adapter.
+    Raises InputError.
     """
     folder = Path(config.adapter or f"runs/sft-{task}/model")
     there = config.adapter != "none" and (config.adapter or folder.exists())
@@ -235,14 +269,16 @@ def adapter_base(folder):
     try:
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{file} cannot be read ({type(error).__name__}): {folder} is no adapter folder") from None
+        raise InputError(
+            f"{file} cannot be read ({type(error).__name__}): {folder} is no adapter folder") from None
     if not base:
         raise InputError(f"{file} names no base model (base_model_name_or_path)")
     return base
 
 
 def pick_encoder(similarity, encoder):
-    """Name of the encoder or cross-encoder of the similarity reward, or "" for word overlap; prints the choice.
+    """Name of the encoder or cross-encoder of the similarity reward, or "" for word overlap; prints the
+    choice.
 
     similarity: "embeddings" (an InputError where the encoder cannot be had), "overlap", or "auto".
     """
@@ -261,28 +297,35 @@ def pick_encoder(similarity, encoder):
 
 
 def check_scorers(language_model, reward_model):
-    """Loads the language model of the fluency reward and the trained reward model, "" for none; raises InputError where it can't."""
+    """Loads the language model of the fluency reward and the trained reward model, "" for none; raises
+    InputError where it can't.
+    """
     for name, load, flag in ((language_model, rewards.load_language_model, "--language_model"),
                              (reward_model, rewards.load_reward_model, "--reward_model")):
         try:
             load(name) if name else None
-        except Exception as error:  # a dozen types of transformers, peft and hub, one thing to the user: no model
-            made = "a folder of `python rewards.py train`, or none" if flag == "--reward_model" else f"{flag} ''"
+        except Exception as error:
+            # a dozen types of transformers, peft and hub, one thing to the user: no model
+            made = ("a folder of `python rewards.py train`, or none" if flag == "--reward_model"
+                    else f"{flag} ''")
             raise InputError(hub_message(f"{flag} {name}", error, made)) from error
 
 
 def autocast(compute):
     """The context to run a model in whose weights are wider than `compute`; does nothing for fp32."""
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=compute, enabled=compute != torch.float32)
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=compute,
+                          enabled=compute != torch.float32)
 
 
 def encode_prompt(tokenizer, messages):
     """Token ids of a prompt in the model's own chat template, ready to be answered.
 
-    Templates that refuse a system role get it in front of the user's words. Two known variables are fixed: no thinking
-    block for Qwen3 (the task's tags carry the reasoning), and Llama 3's date, which would change the prompt every day.
+    Templates that refuse a system role get it in front of the user's words. Two known variables are fixed: no
+    thinking block for Qwen3 (the task's tags carry the reasoning), and Llama 3's date, which would change the
+    prompt every day.
     """
-    options = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    options = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False,
+               "date_string": "26 Jul 2024"}
     try:
         return list(tokenizer.apply_chat_template(messages, **options))
     except jinja2.TemplateError:
@@ -293,64 +336,79 @@ def encode_prompt(tokenizer, messages):
 
 
 def encode_rows(tokenizer, rows, max_prompt_length, what):
-    """[(row, prompt_ids)] of the rows whose prompt fits; prints how many do not. Raises InputError when none does."""
+    """[(row, prompt_ids)] of the rows whose prompt fits; prints how many do not. Raises InputError when none
+    does.
+    """
     encoded = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]
     fitting = [(row, ids) for row, ids in encoded if len(ids) <= max_prompt_length]
     if len(fitting) < len(encoded):
         longest = max(len(ids) for _, ids in encoded)
-        print(f"data: {len(encoded) - len(fitting)} of {len(encoded)} {what} rows left out: their prompt is longer than "
-              f"--max_prompt_length {max_prompt_length} (longest: {longest} tokens)")
+        print(f"data: {len(encoded) - len(fitting)} of {len(encoded)} {what} rows left out: their prompt is "
+              f"longer than --max_prompt_length {max_prompt_length} (longest: {longest} tokens)")
     if not fitting:
-        raise InputError(f"no {what} row has a prompt of at most --max_prompt_length {max_prompt_length} tokens")
+        raise InputError(f"no {what} row has a prompt of at most --max_prompt_length {max_prompt_length} "
+                         "tokens")
     return fitting
 
 
 def stop_ids(model, tokenizer):
-    """Ids that end a completion: EOS of the generation config, EOS of the tokenizer, and the template's end of turn.
+    """Ids that end a completion: EOS of the generation config, EOS of the tokenizer, and the template's end
+    of turn.
 
     All three are needed: Gemma 3 ends its turns on 106 (<end_of_turn>) while its tokenizer's EOS is 1.
     """
     eos = model.generation_config.eos_token_id
-    return sorted((set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id, end_of_turn(tokenizer)}) - {None})
+    return sorted((set(eos if isinstance(eos, list) else [eos])
+                   | {tokenizer.eos_token_id, end_of_turn(tokenizer)}) - {None})
 
 
 def end_of_turn(tokenizer):
-    """The id that the chat template writes right after an answer, the tokenizer's EOS where it writes none."""
+    """The id that the chat template writes right after an answer, the tokenizer's EOS where it writes none.
+    """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
     turn = tokenizer.apply_chat_template(messages, tokenize=False)
     after = tokenizer(turn.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids[:1]
     return after[0] if after and after[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
-# === sampling =========================================================================================================
+# === sampling ===============================================================================================
 
 
 class SharedPromptCache(DynamicCache):
-    """Keys and values of P prompts, held once each, and of their completions, which grow in place; rows can leave.
+    """Keys and values of P prompts, held once each, and of their completions, which grow in place; rows can
+    leave.
 
-    prompt: (keys, values) [P, KV heads, S, d] a layer, of prompts padded on the left as prompt_mask [P, S] says. n: completions
-    a prompt; room: most tokens a completion can have. The completions of a prompt stand side by side in a grid
-    [P, KV heads, n, room, d]; `places` says where in it each row of the batch stands.
+    prompt: (keys, values) [P, KV heads, S, d] a layer, of prompts padded on the left as prompt_mask [P, S]
+    says. n: completions a prompt; room: most tokens a completion can have. The completions of a prompt stand
+    side by side in a grid [P, KV heads, n, room, d]; `places` says where in it each row of the batch stands.
     """
 
     def __init__(self, prompt, prompt_mask, n, room):
         super().__init__()
-        self.prompt = [(keys.flatten(0, 1).mT.contiguous(), values.flatten(0, 1)) for keys, values in prompt]  # keys [P * KV heads, d, S]
-        bias = torch.zeros_like(prompt_mask, dtype=prompt[0][0].dtype).masked_fill(prompt_mask == 0, -torch.inf)
-        self.bias = bias.repeat_interleave(prompt[0][0].shape[1], dim=0)[:, None]  # added to the scores: [P * KV heads, 1, S]
+        # keys [P * KV heads, d, S]
+        self.prompt = [(keys.flatten(0, 1).mT.contiguous(), values.flatten(0, 1)) for keys, values in prompt]
+        bias = torch.zeros_like(prompt_mask,
+                                dtype=prompt[0][0].dtype).masked_fill(prompt_mask == 0, -torch.inf)
+        # added to the scores: [P * KV heads, 1, S]
+        self.bias = bias.repeat_interleave(prompt[0][0].shape[1], dim=0)[:, None]
         self.own = [[x.new_empty(len(x), x.shape[1], n, room, x.shape[3]) for x in pair] for pair in prompt]
         self.grid = len(prompt_mask), n
-        self.places = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)  # prompt * n + i, ascending
+        # prompt * n + i, ascending
+        self.places = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)
         self.tokens = 0  # of each completion, the one that is being computed included
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Writes the new token of every row; returns the completions so far, [P * KV heads * n, tokens, d], as views."""
+        """Writes the new token of every row; returns the completions so far, [P * KV heads * n, tokens, d],
+        as views.
+        """
         for buffer, new in zip(self.own[layer_idx], (keys, values)):
             buffer.narrow(3, self.tokens - 1, 1).copy_(self.to_grid(new, new.shape[1]))
         return [buffer.flatten(0, 2).narrow(1, 0, self.tokens) for buffer in self.own[layer_idx]]
 
     def keep(self, rows):
-        """Drops all rows but these; the grid shrinks to the prompts that still have some, and to the most that one has."""
+        """Drops all rows but these; the grid shrinks to the prompts that still have some, and to the most
+        that one has.
+        """
         self.places = self.places[rows]
         old_prompt, i = self.places // self.grid[1], self.places % self.grid[1]
         left, prompt, counts = old_prompt.unique(return_inverse=True, return_counts=True)
@@ -364,7 +422,8 @@ class SharedPromptCache(DynamicCache):
                 pair[k] = buffer.new_empty(len(left), buffer.shape[1], self.grid[1], *buffer.shape[3:])
                 pair[k][prompt, :, new_i, :self.tokens] = buffer[old_prompt, :, i, :self.tokens]
         if len(left) < old_prompts:
-            self.prompt = [[x.unflatten(0, (old_prompts, -1))[left].flatten(0, 1) for x in pair] for pair in self.prompt]
+            self.prompt = [[x.unflatten(0, (old_prompts, -1))[left].flatten(0, 1) for x in pair]
+                           for pair in self.prompt]
             self.bias = self.bias.unflatten(0, (old_prompts, -1))[left].flatten(0, 1)
 
     def to_grid(self, x, kv_heads):
@@ -380,8 +439,10 @@ class SharedPromptCache(DynamicCache):
         return x if x.shape[0] == self.places.shape[0] else x[self.places]
 
 
-def shared_prompt_attention(module, query, key, value, attention_mask, scaling, shared, sliding_window=None, **_):
-    """Attention of one new token a row, in transformers' form: query [N, heads, 1, d], key and value as update returns them.
+def shared_prompt_attention(module, query, key, value, attention_mask, scaling, shared, sliding_window=None,
+                            **_):
+    """Attention of one new token a row, in transformers' form: query [N, heads, 1, d], key and value as
+    update returns them.
 
     No key is repeated: neither a prompt's for its completions, nor any for the query heads that share it.
     """
@@ -392,10 +453,13 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
         prompt_keys, prompt_values = prompt_keys[..., drop:], prompt_values[:, drop:]
         bias = bias[..., drop:]
     S, tokens = prompt_values.shape[1], value.shape[1]
-    query = (shared.to_grid(query, prompt_keys.shape[0] // shared.grid[0]) * scaling).flatten(0, 2)  # [P * KV heads * n, heads of each, d]
-    on_prompt = torch.baddbmm(bias, query.view(prompt_keys.shape[0], -1, query.shape[2]), prompt_keys)  # all queries on one copy
+    # [P * KV heads * n, heads of each, d]
+    query = (shared.to_grid(query, prompt_keys.shape[0] // shared.grid[0]) * scaling).flatten(0, 2)
+    # all queries on one copy
+    on_prompt = torch.baddbmm(bias, query.view(prompt_keys.shape[0], -1, query.shape[2]), prompt_keys)
     scores = torch.cat([on_prompt, torch.bmm(query, key.mT).view(*on_prompt.shape[:2], -1)], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)  # [P * KV heads, n * heads of each, S + tokens]
+    # [P * KV heads, n * heads of each, S + tokens]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     on_prompt, own = weights.narrow(2, 0, S), weights.narrow(2, S, tokens).reshape(*query.shape[:2], -1)
     output = torch.baddbmm(torch.bmm(on_prompt, prompt_values).view_as(query), own, value)
     return shared.to_rows(output), None
@@ -405,16 +469,19 @@ ALL_ATTENTION_FUNCTIONS.register("shared_prompt", shared_prompt_attention)
 
 
 def group_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention of the G completions of one prompt, in transformers' form: query [G, heads, T, d], key and value [G, KV heads,
-    S + T, d], attention_mask the same for all of them or None. As transformers' "sdpa", but query heads that share a key
-    stand one after the other in the dimension of T, where "sdpa" repeats the keys, and there is one mask, not G.
+    """Attention of the G completions of one prompt, in transformers' form: query [G, heads, T, d], key and
+    value [G, KV heads, S + T, d], attention_mask the same for all of them or None. As transformers' "sdpa",
+    but query heads that share a key stand one after the other in the dimension of T, where "sdpa" repeats the
+    keys, and there is one mask, not G.
     """
     if attention_mask is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, dropout, scaling, **kwargs)
     query = query.unflatten(1, (key.shape[1], -1))  # [G, KV heads, heads of each, T, d]
     mask = attention_mask[:1].repeat(1, 1, query.shape[2], 1)
-    output = torch.nn.functional.scaled_dot_product_attention(query.flatten(2, 3), key, value, mask, dropout, scale=scaling)
-    return output.unflatten(2, query.shape[2:4]).flatten(1, 2).transpose(1, 2).contiguous(), None  # [G, T, heads, d]
+    output = torch.nn.functional.scaled_dot_product_attention(query.flatten(2, 3), key, value, mask, dropout,
+                                                              scale=scaling)
+    # [G, T, heads, d]
+    return output.unflatten(2, query.shape[2:4]).flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("group", group_attention)
@@ -423,7 +490,9 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("group", ALL_MASK_ATTENTION_FUNCTIONS["sdp
 
 @contextmanager
 def attention(model, name, instead_of=None):
-    """Within it the model uses another attention function; only if it is `instead_of` that it uses now, where that is given."""
+    """Within it the model uses another attention function; only if it is `instead_of` that it uses now, where
+    that is given.
+    """
     config = model.config.get_text_config()
     usual = config._attn_implementation
     config._attn_implementation = name if instead_of in (None, usual) else usual
@@ -441,10 +510,11 @@ def few_rows_linear(weight, bias, x):
 
 @contextmanager
 def linears_of_a_token(model):
-    """Within it the decoder's linear layers are quick for one token a row, on CPU in fp32; elsewhere nothing changes.
+    """Within it the decoder's linear layers are quick for one token a row, on CPU in fp32; elsewhere nothing
+    changes.
 
-    They multiply in another order, and a LoRA adapter is folded into a copy of its layer's weight, once, instead of two
-    small products a token. No weight of the model is touched.
+    They multiply in another order, and a LoRA adapter is folded into a copy of its layer's weight, once,
+    instead of two small products a token. No weight of the model is touched.
     """
     replaced, inner = [], set()
     if model.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
@@ -454,7 +524,8 @@ def linears_of_a_token(model):
             if adapted:
                 inner |= {id(child) for child in module.modules()} - {id(module)}
             plain = type(base) is torch.nn.Linear and base.weight.dtype == torch.float32
-            if id(module) in inner or not plain or "forward" in vars(module) or getattr(module, "lora_variant", None):
+            if id(module) in inner or not plain or "forward" in vars(module) or getattr(module,
+                                                                                        "lora_variant", None):
                 continue  # 4-bit, half precision, hooks, DoRA: left as they are
             weight = base.weight
             if adapted and not module.disable_adapters:
@@ -496,26 +567,30 @@ def draw(probabilities, uniform, width=512):
     return places.gather(1, place).clamp_(max=vocabulary - 1)
 
 
-def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None, stop_strings=(),
+def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None,
+             stop_strings=(),
              tokenizer=None):
-    """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own distribution.
+    """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own
+    distribution.
 
-    prompt_ids: P lists of token ids, of any lengths. Nothing of the model's generation_config plays in: no top-k, top-p
-    or penalties; only `stop_ids` end a completion, and the id that ended it is its last token, or (`tokenizer` is needed
-    then) one of `stop_strings` in its text, whose last token ends it. A prompt is computed, and its keys and values are
-    kept, once for its n completions.
-    Returns completion_ids, completion_mask (bool) and logps (fp32, nats, at `temperature`; 0 in padding), each
-    [P * n, T], the n completions of a prompt in consecutive rows.
+    prompt_ids: P lists of token ids, of any lengths. Nothing of the model's generation_config plays in: no
+    top-k, top-p or penalties; only `stop_ids` end a completion, and the id that ended it is its last token,
+    or (`tokenizer` is needed then) one of `stop_strings` in its text, whose last token ends it. A prompt is
+    computed, and its keys and values are kept, once for its n completions. Returns completion_ids,
+    completion_mask (bool) and logps (fp32, nats, at `temperature`; 0 in padding), each [P * n, T], the n
+    completions of a prompt in consecutive rows.
     """
     device, width, rows = model.device, max(len(ids) for ids in prompt_ids), len(prompt_ids) * n
-    advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or --max_completion_length where it was in "
-              "training, --eval_batch_size where it was in evaluation")
+    advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or "
+              "--max_completion_length where it was in training, --eval_batch_size where it was in "
+              "evaluation")
     with memory_advice(advice):
         completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
         logps = torch.zeros(rows, max_new_tokens, device=device)
     with memory_advice(advice), torch.inference_mode():
-        input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)  # padded on the left
+        # padded on the left
+        input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         prompt = DynamicCache()
@@ -523,11 +598,13 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         hidden = decoder(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt)[0]
         cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
         hidden, position_ids = (x[:, -1:].repeat_interleave(n, dim=0) for x in (hidden, position_ids))
-        active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)  # active: rows being written
+        # active: rows being written
+        active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)
         ends_in_string = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
         with attention(model, "shared_prompt"), linears_of_a_token(model):
             for t in range(max_new_tokens):
-                logits = (output_weight @ hidden[:, -1].T).T.contiguous().float()  # for few rows faster on CPU than hidden @ weight.T
+                # for few rows faster on CPU than hidden @ weight.T
+                logits = (output_weight @ hidden[:, -1].T).T.contiguous().float()
                 if temperature not in (0, 1):
                     logits = logits / temperature
                 probabilities = logits.softmax(dim=-1)
@@ -556,7 +633,9 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
 
 @contextmanager
 def memory_advice(advice):
-    """Within it running out of memory ends in one line, an InputError: where it happened and which settings to change."""
+    """Within it running out of memory ends in one line, an InputError: where it happened and which settings
+    to change.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -566,7 +645,9 @@ def memory_advice(advice):
 
 
 def decode(tokenizer, completion_ids, completion_mask, stop_strings=()):
-    """Text of each completion: generated tokens only, special tokens left out, cut behind the first of stop_strings."""
+    """Text of each completion: generated tokens only, special tokens left out, cut behind the first of
+    stop_strings.
+    """
     texts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
              for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu())]
     if stop_strings:  # the last token may go on behind the string
@@ -576,7 +657,7 @@ def decode(tokenizer, completion_ids, completion_mask, stop_strings=()):
     return texts
 
 
-# === log-probabilities ================================================================================================
+# === log-probabilities ======================================================================================
 
 
 BLOCK = 4096  # entries of the vocabulary whose logits are held at a time
@@ -584,10 +665,12 @@ ROWS = 256  # tokens whose logits are summed at a time, so that the exponentials
 
 
 class ChosenLogps(torch.autograd.Function):
-    """Log-probabilities of tokens and entropies, both [M], from hidden [M, h] and the output layer's weight [vocabulary, h].
+    """Log-probabilities of tokens and entropies, both [M], from hidden [M, h] and the output layer's weight
+    [vocabulary, h].
 
-    Logits exist for BLOCK entries of the vocabulary at a time: sums over it are carried along as in flash attention, and
-    backward computes the logits again, but for the last block, which is still there. d logp / d logits = onehot - softmax.
+    Logits exist for BLOCK entries of the vocabulary at a time: sums over it are carried along as in flash
+    attention, and backward computes the logits again, but for the last block, which is still there. d logp /
+    d logits = onehot - softmax.
     """
 
     @staticmethod
@@ -604,13 +687,15 @@ class ChosenLogps(torch.autograd.Function):
         width = min(len(weight), BLOCK)
         room, more_room = (torch.empty(rows, width, device=hidden.device) for rows in (len(hidden), ROWS))
         peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
-        total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)  # sums of e = exp(logit - peak), and e * logit
+        # sums of e = exp(logit - peak), and e * logit
+        total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)
         for some in weight.split(BLOCK):
             logits = ChosenLogps.logits(hidden, some, temperature, room)
             old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1, keepdim=True))
             total *= (old_peak - peak).exp()
             weighted *= (old_peak - peak).exp()
-            for x, its_peak, its_total, its_weighted in zip(*(y.split(ROWS) for y in (logits, peak, total, weighted))):
+            for x, its_peak, its_total, its_weighted in zip(*(y.split(ROWS)
+                                                              for y in (logits, peak, total, weighted))):
                 exp = torch.sub(x, its_peak, out=more_room[:len(x), :len(some)]).exp_()
                 its_total += exp.sum(dim=1, keepdim=True)
                 its_weighted += (exp[:, None] @ x[:, :, None])[:, 0]
@@ -644,8 +729,9 @@ class ChosenLogps(torch.autograd.Function):
 
 
 def chosen_logps(model, hidden, tokens, temperature):
-    """Log-probabilities [M] that the model's output layer gives to `tokens` [M] after the hidden states [M, h], with the
-    entropies [M] of the distributions; fp32, nats. Differentiable in both; no [M, vocabulary] tensor is made.
+    """Log-probabilities [M] that the model's output layer gives to `tokens` [M] after the hidden states [M,
+    h], with the entropies [M] of the distributions; fp32, nats. Differentiable in both; no [M, vocabulary]
+    tensor is made.
     """
     weight = model.get_output_embeddings().weight
     if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into ChosenLogps
@@ -655,8 +741,9 @@ def chosen_logps(model, hidden, tokens, temperature):
 
 @contextmanager
 def sparse_embedding_gradient(model):
-    """Within it lookups of embeddings give gradients as the rows looked up, not as a matrix of the vocabulary's size for
-    each pass; at its end they are one matrix. Where the embedding is frozen nothing happens.
+    """Within it lookups of embeddings give gradients as the rows looked up, not as a matrix of the
+    vocabulary's size for each pass; at its end they are one matrix. Where the embedding is frozen nothing
+    happens.
     """
     embedding = model.get_input_embeddings()
     embedding.sparse = embedding.weight.requires_grad
@@ -668,7 +755,7 @@ def sparse_embedding_gradient(model):
             embedding.weight.grad = embedding.weight.grad.to_dense()
 
 
-# === evaluation =======================================================================================================
+# === evaluation =============================================================================================
 
 NOT_NUMBERS = ("the model's probabilities are not numbers (NaN): its weights are broken, or too much for the "
                "precision: try --dtype bf16 or fp32, or another model")
@@ -682,7 +769,8 @@ def wilson_interval(successes, n, z=1.959964):
 
 
 def mcnemar(before, after):
-    """Exact paired test of two lists of 0/1 on the same examples (McNemar 1947; two-sided binomial on the discordant pairs).
+    """Exact paired test of two lists of 0/1 on the same examples (McNemar 1947; two-sided binomial on the
+    discordant pairs).
 
     Returns {"only_before", "only_after", "p_value"}.
     """
@@ -697,8 +785,8 @@ def mcnemar(before, after):
 
 
 def bootstrap_interval(values, n=2000):
-    """95% interval of a mean, [low, high]: percentiles of the means of n resamples, always the same ones (Efron 1979,
-    doi:10.1214/aos/1176344552).
+    """95% interval of a mean, [low, high]: percentiles of the means of n resamples, always the same ones
+    (Efron 1979, doi:10.1214/aos/1176344552).
     """
     values, generator = numpy.asarray(values), numpy.random.default_rng(0)
     means, some = [], max(1, 2**20 // len(values))  # resamples at a time: 16 MB of places and values
@@ -709,9 +797,9 @@ def bootstrap_interval(values, n=2000):
 
 
 def paired_test(before, after):
-    """Exact paired test of two lists of records on the same examples: of accuracy, or, of free text, of scores that differ by 0.01 or
-    more (then it is the sign test), with the mean difference and its bootstrap interval. See mcnemar. Raises
-    InputError where the two are not about the same questions.
+    """Exact paired test of two lists of records on the same examples: of accuracy, or, of free text, of
+    scores that differ by 0.01 or more (then it is the sign test), with the mean difference and its bootstrap
+    interval. See mcnemar. Raises InputError where the two are not about the same questions.
     """
     for one, two in itertools.zip_longest(before, after, fillvalue={"id": "nothing"}):
         if one["id"] != two["id"]:
@@ -737,8 +825,9 @@ def macro_f1(truths, answers):
 
 
 def pass_at_k(n, correct, k):
-    """Probability that at least one of k answers is right, estimated without bias from n of which `correct` are: one
-    minus the share of the subsets of k that hold none (Chen et al. 2021, arXiv:2107.03374, eq. 1). k at most n.
+    """Probability that at least one of k answers is right, estimated without bias from n of which `correct`
+    are: one minus the share of the subsets of k that hold none (Chen et al. 2021, arXiv:2107.03374, eq. 1). k
+    at most n.
     """
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
@@ -746,7 +835,8 @@ def pass_at_k(n, correct, k):
 def majority_vote(answers, ground_truth):
     """Accuracy of the commonest of the answers, 0 to 1; answers that could not be parsed ("") do not vote.
 
-    Where several are commonest one of them is drawn, so the right one among t counts 1 / t (expected accuracy).
+    Where several are commonest one of them is drawn, so the right one among t counts 1 / t (expected
+    accuracy).
     """
     votes = Counter(answer for answer in answers if answer)
     winners = [answer for answer, count in votes.items() if count == max(votes.values())]
@@ -754,8 +844,9 @@ def majority_vote(answers, ground_truth):
 
 
 def summarize_samples(records):
-    """What several sampled answers a question show: samples (N), mean_accuracy, pass_at_k {k: value} for k = 1, 2, 4, ...
-    and N; where answers are labels also maj_at_n and guess_pass_at_k, what guessing evenly among the classes would get.
+    """What several sampled answers a question show: samples (N), mean_accuracy, pass_at_k {k: value} for k =
+    1, 2, 4, ... and N; where answers are labels also maj_at_n and guess_pass_at_k, what guessing evenly among
+    the classes would get.
 
     records: with sampled_accuracy and sampled_answers, lists of N each.
     """
@@ -783,16 +874,20 @@ def score_completions(texts, rows, **knobs):
     return [rewards.compute_score(source, *row, **knobs) for row in zip(texts, truths, extras)]
 
 
-def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0, temperature=1.0, seed=0,
+def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0,
+             temperature=1.0, seed=0,
              title="eval", score=score_completions, stop_strings=()):
-    """Answers every row greedily, and `samples` times at `temperature` for pass@k, and scores the answers strictly.
+    """Answers every row greedily, and `samples` times at `temperature` for pass@k, and scores the answers
+    strictly.
 
-    rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of score dicts.
-    stop_strings: as in generate. Returns a record an example, in the order of `rows`: id, ground_truth, the keys of those
-    dicts, length (tokens), truncated, completion, and with samples sampled_accuracy and sampled_answers (lists).
+    rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of
+    score dicts. stop_strings: as in generate. Returns a record an example, in the order of `rows`: id,
+    ground_truth, the keys of those dicts, length (tokens), truncated, completion, and with samples
+    sampled_accuracy and sampled_answers (lists).
     """
     stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
-    limits = dict(max_new_tokens=max_completion_length, stop_ids=stops, stop_strings=stop_strings, tokenizer=tokenizer)
+    limits = dict(max_new_tokens=max_completion_length, stop_ids=stops, stop_strings=stop_strings,
+                  tokenizer=tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))  # alike lengths together: less padding
     records = [None] * len(rows)
     bar = tqdm(total=len(order), desc=title, unit="question", leave=False, disable=None)  # says the time left
@@ -801,15 +896,18 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
         prompts = [rows[i][1] for i in batch]
         with autocast(compute):
             ids, mask, logps = generate(model, prompts, temperature=0.0, **limits)
-            sampled = generate(model, prompts, samples, temperature=temperature, generator=generator, **limits)[:2] if samples else None
+            sampled = generate(model, prompts, samples, temperature=temperature, generator=generator,
+                               **limits)[:2] if samples else None
         if logps.isnan().any():
             raise InputError(f"{title}: {NOT_NUMBERS}")
         texts, own = decode(tokenizer, ids, mask, stop_strings), [rows[i][0] for i in batch]
         for j, (i, row, text, scored) in enumerate(zip(batch, own, texts, score(texts, own))):
             length = int(mask[j].sum())
-            records[i] = {"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""), **scored,
+            records[i] = {"id": row["id"], "ground_truth": row["ground_truth"],
+                          "subject": row["extra"].get("subject", ""), **scored,
                           "length": length, "completion": text,
-                          "truncated": int(ids[j, length - 1]) not in stops and not text.endswith(tuple(stop_strings))}
+                          "truncated": int(ids[j, length - 1]) not in stops
+                          and not text.endswith(tuple(stop_strings))}
         if samples:
             texts = decode(tokenizer, *sampled, stop_strings)
             for j, scored in enumerate(score(texts, [row for row in own for _ in range(samples)])):
@@ -837,7 +935,8 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
     for i, (row, _) in enumerate(rows):
         context, answers = TASKS[row["data_source"]].harness_prompt(row)
         choices.append(answers)
-        start = len(tokenizer(context).input_ids)  # with what the tokenizer puts in front of a text, as the harness does
+        # with what the tokenizer puts in front of a text, as the harness does
+        start = len(tokenizer(context).input_ids)
         for k, answer in enumerate(answers):
             ids = tokenizer(f"{context} {answer}").input_ids
             tasks.append((ids[-longest - 1:-1], i, k, ids[start:]))
@@ -849,7 +948,8 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
                   for ids, i, k, answer in tasks if tuple(ids) in batch]
         width = max(map(len, batch))  # padded on the right: causal attention needs no mask
         with torch.inference_mode(), autocast(compute):
-            hidden = model.get_decoder()(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device),
+            hidden = model.get_decoder()(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch],
+                                                      device=model.device),
                                          use_cache=False)[0]
             places = [(place, len(ids) - len(answer) + j, token) for place, _, _, ids, answer in wanted
                       for j, token in enumerate(answer)]
@@ -863,8 +963,10 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
     for i, (row, _) in enumerate(rows):
         likelihoods = [logps[i, k] for k in range(len(choices[i]))]
         answer = choices[i][likelihoods.index(max(likelihoods))]
-        records.append({"id": row["id"], "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
-                        "loglikelihoods": likelihoods, "answer": answer, "accuracy": float(answer == row["ground_truth"])})
+        records.append({"id": row["id"], "ground_truth": row["ground_truth"],
+                        "subject": row["extra"].get("subject", ""),
+                        "loglikelihoods": likelihoods, "answer": answer,
+                        "accuracy": float(answer == row["ground_truth"])})
     return records
 
 
@@ -872,12 +974,12 @@ FREE_TEXT_PARTS = ("findings", "tokens", "similarity", "fluency", "format", "bre
 
 
 def summarize(records):
-    """The summary of evaluate's or option_likelihoods' records: accuracy with accuracy_ci95 (Wilson), n, majority_accuracy
-    (of always giving majority_class, the commonest class or letter of these rows), macro_f1, answers (how often each was
-    given); of generated answers format_rate, mean_length (tokens) and truncated (share); what summarize_samples says where
-    there are samples; by_subject ({subject: n, accuracy, accuracy_ci95, majority_accuracy}) where there are subjects.
-    Of free text, which has no classes, score and parts (each mean with its bootstrap interval) instead of
-    majority_accuracy, macro_f1 and answers.
+    """The summary of evaluate's or option_likelihoods' records: accuracy with accuracy_ci95 (Wilson), n,
+    majority_accuracy (of always giving majority_class, the commonest class or letter of these rows),
+    macro_f1, answers (how often each was given); of generated answers format_rate, mean_length (tokens) and
+    truncated (share); what summarize_samples says where there are samples; by_subject ({subject: n, accuracy,
+    accuracy_ci95, majority_accuracy}) where there are subjects. Of free text, which has no classes, score and
+    parts (each mean with its bootstrap interval) instead of majority_accuracy, macro_f1 and answers.
     """
     truths, answers, n = [r["ground_truth"] for r in records], [r["answer"] for r in records], len(records)
     correct = int(sum(r["accuracy"] for r in records))
@@ -885,13 +987,16 @@ def summarize(records):
     if "rule" in records[0]:
         names = ("score", "rule", *FREE_TEXT_PARTS)
         parts = {name: [r[name] for r in records] for name in names if name in records[0]}
-        parts = {name: {"mean": fmean(values), "ci95": bootstrap_interval(values)} for name, values in parts.items()}
+        parts = {name: {"mean": fmean(values), "ci95": bootstrap_interval(values)} for name,
+                 values in parts.items()}
         summary |= {"score": parts["score"]["mean"], "score_ci95": parts.pop("score")["ci95"], "parts": parts}
     else:
         [(majority_class, count)] = Counter(truths).most_common(1)
-        summary |= {"majority_class": majority_class, "majority_accuracy": count / n, "macro_f1": macro_f1(truths, answers)}
+        summary |= {"majority_class": majority_class, "majority_accuracy": count / n,
+                    "macro_f1": macro_f1(truths, answers)}
     if "length" in records[0]:
-        summary |= {"format_rate": sum(r["format_ok"] for r in records) / n, "mean_length": sum(r["length"] for r in records) / n,
+        summary |= {"format_rate": sum(r["format_ok"] for r in records) / n,
+                    "mean_length": sum(r["length"] for r in records) / n,
                     "truncated": sum(r["truncated"] for r in records) / n}
     if "macro_f1" in summary:
         summary["answers"] = dict(Counter(a or "none" for a in answers).most_common())
@@ -904,7 +1009,8 @@ def summarize(records):
         summary["by_subject"] = {}
         for subject, group in sorted(by_subject.items(), key=lambda pair: -len(pair[1])):
             correct = sum(record["accuracy"] for record in group)
-            entry = {"n": len(group), "accuracy": correct / len(group), "accuracy_ci95": wilson_interval(correct, len(group))}
+            entry = {"n": len(group), "accuracy": correct / len(group),
+                     "accuracy_ci95": wilson_interval(correct, len(group))}
             if "majority_class" in summary:
                 classes = Counter(record["ground_truth"] for record in group)
                 entry["majority_accuracy"] = max(classes.values()) / len(group)
@@ -917,10 +1023,15 @@ def describe(summary):
     free_text, name = "score" in summary, "score" if "score" in summary else "accuracy"
     low, high = summary[f"{name}_ci95"]
     text = f"{name} {summary[name]:.3f} [{low:.3f}, {high:.3f}] on {summary['n']}"
-    text += f", findings F1 {summary['parts']['findings']['mean']:.3f}, all right {summary['accuracy']:.3f}" if free_text else (
-        f" (always {summary['majority_class']!r}: {summary['majority_accuracy']:.3f})")
-    text += f"; {describe_samples(summary)}" if "samples" in summary else ""
-    text += "" if free_text else f", macro-F1 {summary['macro_f1']:.3f}"
+    if free_text:
+        text += (f", findings F1 {summary['parts']['findings']['mean']:.3f}, all right "
+                 f"{summary['accuracy']:.3f}")
+    else:
+        text += f" (always {summary['majority_class']!r}: {summary['majority_accuracy']:.3f})"
+    if "samples" in summary:
+        text += f"; {describe_samples(summary)}"
+    if not free_text:
+        text += f", macro-F1 {summary['macro_f1']:.3f}"
     if "format_rate" in summary:
         text += f", format {summary['format_rate']:.3f}, {summary['mean_length']:.0f} tokens"
     return text + ("" if free_text else f", answers {summary['answers']}")
@@ -932,7 +1043,8 @@ def describe_samples(summary):
     text = f"{n} samples each: mean accuracy {summary['mean_accuracy']:.3f}, " + ", ".join(
         f"pass@{k} {value:.3f}" for k, value in summary["pass_at_k"].items())
     if "maj_at_n" in summary:
-        text += f", maj@{n} {summary['maj_at_n']:.3f} (guessing: pass@{n} {summary['guess_pass_at_k'][str(n)]:.3f})"
+        text += (f", maj@{n} {summary['maj_at_n']:.3f} (guessing: pass@{n} "
+                 f"{summary['guess_pass_at_k'][str(n)]:.3f})")
     return text
 
 
@@ -1001,61 +1113,77 @@ def report_html(title, heads, rows, paired=()):
         paired=paired, sampled=sampled, curves=curves, guess=guess, passes=passes, subjects=subjects)
 
 
-# === doctor: will it fit ==============================================================================================
+# === doctor: will it fit ====================================================================================
 
 
 def estimate_memory(config, prompt, question):
-    """Most memory that a run of a script can need, {part: bytes}, from the model's configuration alone; nothing is loaded.
+    """Most memory that a run of a script can need, {part: bytes}, from the model's configuration alone;
+    nothing is loaded.
 
-    config: of the script. prompt: tokens of the longest training prompt (of sft: of the longest row); question: of the longest held-out
-    prompt. Completions count with their full --max_completion_length. Raises InputError where there is no such model.
+    config: of the script. prompt: tokens of the longest training prompt (of sft: of the longest row);
+    question: of the longest held-out prompt. Completions count with their full --max_completion_length.
+    Raises InputError where there is no such model.
     """
     try:
         with torch.device("meta"):  # shapes without numbers
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_model(config.model)[0], trust_remote_code=False))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_model(config.model)[0],
+                                                                                trust_remote_code=False))
     except InputError:
         raise
     except Exception as error:  # what load_model would say
-        raise InputError(hub_message(f"model {config.model}", error, "--model tiny, or --model PATH to a local folder")) from error
+        raise InputError(hub_message(f"model {config.model}", error, "--model tiny, or --model PATH to a "
+                                                                     "local folder")) from error
     text, lora_r = model.config.get_text_config(), getattr(config, "lora_r", 0)
-    h, layers, ffn, vocabulary = text.hidden_size, text.num_hidden_layers, text.intermediate_size, text.vocab_size
+    h, layers, ffn, vocabulary = (text.hidden_size, text.num_hidden_layers, text.intermediate_size,
+                                  text.vocab_size)
     d = getattr(text, "head_dim", None) or h // text.num_attention_heads
-    q, kv = text.num_attention_heads * d, 2 * text.num_key_value_heads * d  # widths of queries, and of keys and values together
+    # widths of queries, and of keys and values together
+    q, kv = text.num_attention_heads * d, 2 * text.num_key_value_heads * d
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = pick_dtype(config.dtype, device).itemsize  # bytes of an activation
     total, embedding = sum(p.numel() for p in model.parameters()), vocabulary * h
     trained = sum(lora_r * (m.in_features + m.out_features) for m in model.modules()
-                  if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()) if lora_r else total
+                  if isinstance(m, torch.nn.Linear)
+                  and m is not model.get_output_embeddings()) if lora_r else total
     weights = 4 * total if not lora_r else c * total
     if getattr(config, "load_in_4bit", False):
         weights = (total - embedding) * 9 // 16 + c * embedding  # 4 bits, and a scale for every 64 of them
     parts = {"weights": weights + (4 * trained if lora_r else 0),
              "reference": (4 * trained if lora_r else weights) if getattr(config, "beta", 0) else 0,
              "optimizer": 8 * trained}  # Adam's two moments
-    # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms' scaling, and what goes into the
-    # linear layers after them (6h, or 4h where the scaling is frozen); queries and the attention's output (2q); four widths of the
+    # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms'
+    # scaling, and what goes into the
+    # linear layers after them (6h, or 4h where the scaling is frozen); queries and the attention's output
+    # (2q); four widths of the
     # MLP (gate, its activation, up, their product). One layer more is at work while it is differentiated.
     token = c * ((4 if lora_r else 6) * h + 2 * q + 4 * ffn)
     if hasattr(config, "group_size"):
         group, length = config.completions_per_forward or config.group_size, config.max_completion_length
         new, rows, context = group * length, config.prompts_per_step * config.group_size, prompt + length
-        # every completion has its own copy of the prompt's keys and values; queries that share a key lie in one row, with a mask for
+        # every completion has its own copy of the prompt's keys and values; queries that share a key lie in
+        # one row, with a mask for
         # that row, and the attention's output goes back into the usual order
-        activations = (layers + 1) * (prompt * (token + c * kv) + new * (token + c * q) + c * kv * group * context
+        activations = (layers + 1) * (prompt * (token + c * kv) + new * (token + c * q)
+                                      + c * kv * group * context
                                       + 4 * 2 * q // kv * length * context)
         sampled = (config.prompts_per_step, rows, prompt)
     else:
         new, sampled = config.batch_size * prompt, (0, 0, 0)
         activations = (layers + 1) * new * (token + c * kv)
-    block = new * min(vocabulary, BLOCK)  # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come, and their gradients
-    update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),  # and one of the output layer on its way
+    # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come, and their gradients
+    block = new * min(vocabulary, BLOCK)
+    # and one of the output layer on its way
+    update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),
               "activations": activations, "logits": (4 if c == 4 else 4 + 2 * c) * block}
 
     def sampling(prompts, rows, longest):
         context = longest + config.max_completion_length
-        return {"key-value cache": layers * c * kv * (prompts * longest + rows * config.max_completion_length),
-                "logits": 5 * 4 * rows * vocabulary,  # logits, probabilities and cumulative sums; while they last, the next logits, twice
-                "activations": max(prompts * longest * (4 * h + q + kv + 3 * ffn) * c, 3 * 4 * rows * text.num_attention_heads * context)}
+        return {"key-value cache": layers * c * kv * (prompts * longest
+                                                      + rows * config.max_completion_length),
+                # logits, probabilities and cumulative sums; while they last, the next logits, twice
+                "logits": 5 * 4 * rows * vocabulary,
+                "activations": max(prompts * longest * (4 * h + q + kv + 3 * ffn) * c,
+                                   3 * 4 * rows * text.num_attention_heads * context)}
 
     evaluation = (config.eval_batch_size, config.eval_batch_size, question)
     parts |= max(update, sampling(*sampled), sampling(*evaluation), key=lambda phase: sum(phase.values()))
@@ -1068,47 +1196,63 @@ def free_memory():
         return torch.cuda.mem_get_info()[0]
     if not Path("/proc/meminfo").exists():  # no Linux: all that the machine has
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # v2, v1
+    free = [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable")]
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        # v2, v1
         try:
-            free.append(int((Path("/sys/fs/cgroup") / limit).read_text()) - int((Path("/sys/fs/cgroup") / used).read_text()))
+            free.append(
+                int((Path("/sys/fs/cgroup") / limit).read_text()) - int(
+                    (Path("/sys/fs/cgroup") / used).read_text()))
         except (OSError, ValueError):
             continue  # no such file, or "max": no limit
     return min(free)
 
 
 def doctor(config, train, heldout):
-    """The first thing that a script says: whether model and settings will probably fit into memory and onto the disk, and whether the
-    libraries are those that it was tested with. Warns, never refuses. Rows are not tokenized yet: three characters count as a token.
-    Returns the bytes that the process holds so far.
+    """The first thing that a script says: whether model and settings will probably fit into memory and onto
+    the disk, and whether the libraries are those that it was tested with. Warns, never refuses. Rows are not
+    tokenized yet: three characters count as a token. Returns the bytes that the process holds so far.
     """
     limit = getattr(config, "max_prompt_length", 0) or config.max_seq_length
-    prompt, question = (min(limit, max(sum(len(m["content"]) for m in row["prompt"]) + len(row["target"]) * (rows is train and not hasattr(
+    prompt, question = (min(limit,
+                            max(sum(len(m["content"]) for m in row["prompt"])
+                                + len(row["target"]) * (rows is train and not hasattr(
         config, "group_size")) for row in rows) // 3) for rows in (train, heldout[:config.eval_size]))
     parts = estimate_memory(config, prompt, question)
     needed, free = sum(parts.values()), free_memory()
     checkpoint = parts["optimizer"] * 3 // 2 + parts["reference"]
-    place = next(path for path in (Path(config.out or "runs").absolute(), *Path(config.out or "runs").absolute().parents) if path.is_dir())
+    place = next(path
+                 for path in (Path(config.out or "runs").absolute(),
+                              *Path(config.out or "runs").absolute().parents) if path.is_dir())
     room = shutil.disk_usage(place).free
-    print(f"doctor: about {needed / 1e9:.2g} GB of memory needed at most ({described_memory(parts)}), {free / 1e9:.3g} GB free; a checkpoint "
-          f"takes {checkpoint / 1e9:.2g} GB of {room / 1e9:.3g} GB on the disk")
+    print(f"doctor: about {needed / 1e9:.2g} GB of memory needed at most ({described_memory(parts)}), "
+          f"{free / 1e9:.3g} GB free; a checkpoint takes {checkpoint / 1e9:.2g} GB of {room / 1e9:.3g} GB "
+          "on the disk")
     if needed > free:
-        lower = "--completions_per_forward 1, a lower --prompts_per_step, --group_size or" if hasattr(config, "group_size") else "a lower --batch_size or"
-        print(f"WARNING: this will probably not fit into memory: try {lower} --eval_batch_size, or a smaller --model")
+        lower = "a lower --batch_size or"
+        if hasattr(config, "group_size"):
+            lower = "--completions_per_forward 1, a lower --prompts_per_step, --group_size or"
+        print(f"WARNING: this will probably not fit into memory: try {lower} --eval_batch_size, or a smaller "
+              "--model")
     if 2 * checkpoint + parts["weights"] > room:  # the old checkpoint is kept while the new one is written
         print(f"WARNING: {place} will probably be full before the run ends: take another --out, or make room")
-    wanted = dict(line.split("==") for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#")
+    wanted = dict(line.split("==")
+                  for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+                  if "==" in line and line[0] != "#")
     for name in ("torch", "transformers", "peft"):
         found = importlib.metadata.version(name).partition("+")[0]
         if found != wanted[name]:
             print(f"WARNING: {name} {found} is installed, tested was {wanted[name]} (requirements.txt)")
-    # what the process holds before anything is loaded: Python, torch, the libraries, the rows; on a GPU tensors alone are counted
+    # what the process holds before anything is loaded: Python, torch, the libraries, the rows; on a GPU
+    # tensors alone are counted
     return 0 if torch.cuda.is_available() else round(peak_memory_gb() * 1e9)
 
 
 def longest_rows(config, train, heldout, libraries):
-    """For --dry_run: (training rows of a step, held-out rows of a batch, estimate_memory of them), the longest that there
-    are.
+    """For --dry_run: (training rows of a step, held-out rows of a batch, estimate_memory of them), the
+    longest that there are.
 
     train: [(row, prompt_ids)], of sft [(prompt_ids, completion_ids)]. libraries: what doctor returned.
     """
@@ -1126,36 +1270,45 @@ def longest_rows(config, train, heldout, libraries):
 
 
 def print_dry_run(metrics, estimate, steps):
-    """Says what a step of a dry run took. estimate: of longest_rows; steps: of the whole run, None where it counts epochs."""
+    """Says what a step of a dry run took. estimate: of longest_rows; steps: of the whole run, None where it
+    counts epochs.
+    """
     seconds = metrics.get("generate_seconds", 0) + metrics["update_seconds"]
-    whole = f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside" if steps else ""
+    whole = (f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside" if steps
+             else "")
     print(f"dry run: a step with the longest prompts took {seconds:.2f} s{whole}")
-    print(f"dry run: memory {metrics['peak_memory_gb']:.2f} GB at the peak, {sum(estimate.values()) / 1e9:.2f} GB "
-          f"estimated ({described_memory(estimate)})")
+    print(f"dry run: memory {metrics['peak_memory_gb']:.2f} GB at the peak, "
+          f"{sum(estimate.values()) / 1e9:.2f} GB estimated ({described_memory(estimate)})")
 
 
 def described_memory(parts):
     """The parts of estimate_memory for the console, the largest first."""
-    return ", ".join(f"{name} {size / 1e9:.2g}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size)
+    return ", ".join(f"{name} {size / 1e9:.2g}" for name,
+                     size in sorted(parts.items(), key=lambda part: -part[1]) if size)
 
 
 # === console and metrics of the scripts =====================================================================
 
 
 def compare(before_records, after_records):
-    """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for summary.json."""
+    """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for
+    summary.json.
+    """
     before, after = summarize(before_records), summarize(after_records)
     paired = paired_test(before_records, after_records)
     better = "after" if paired["only_after"] > paired["only_before"] else "before"
     paired["better"] = better if paired["p_value"] < 0.05 else "neither"
     print(f"{'':20}{'before':>18}{'after':>18}")
-    table = [(key, before[key], after[key]) for key in ("score", "score_ci95", "accuracy", "accuracy_ci95", "majority_accuracy", "macro_f1",
-                                                        "format_rate", "mean_length") if key in before]
-    table += [(name, before["parts"][name]["mean"], after["parts"][name]["mean"]) for name in before.get("parts", ())]
+    table = [(key, before[key], after[key])
+             for key in ("score", "score_ci95", "accuracy", "accuracy_ci95", "majority_accuracy", "macro_f1",
+                         "format_rate", "mean_length") if key in before]
+    table += [(name, before["parts"][name]["mean"], after["parts"][name]["mean"])
+              for name in before.get("parts", ())]
     for key, *values in table:
         cells = [f"[{v[0]:.3f}, {v[1]:.3f}]" if isinstance(v, list) else f"{v:.3f}" for v in values]
         print(f"{key:20}{cells[0]:>18}{cells[1]:>18}")
-    verdict = {"after": "training helped", "before": "TRAINING DID HARM", "neither": "no difference shown"}[paired["better"]]
+    verdict = {"after": "training helped", "before": "TRAINING DID HARM",
+               "neither": "no difference shown"}[paired["better"]]
     print(f"{verdict}: {describe_pair(paired, after['n'])}")
     return {"before": before, "after": after, "paired": paired}
 
@@ -1164,13 +1317,16 @@ def describe_pair(paired, n):
     """One line of a paired test for the console."""
     if "ties" in paired:
         low, high = paired["difference_ci95"]
-        return (f"score {paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; better on {paired['only_after']} of {n} questions, worse on "
-                f"{paired['only_before']}, tied on {paired['ties']}, sign test p = {paired['p_value']:.2g}")
-    return f"{paired['only_after']} of {n} questions newly right, {paired['only_before']} newly wrong, McNemar p = {paired['p_value']:.2g}"
+        return (f"score {paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; better on "
+                f"{paired['only_after']} of {n} questions, worse on {paired['only_before']}, tied on "
+                f"{paired['ties']}, sign test p = {paired['p_value']:.2g}")
+    return (f"{paired['only_after']} of {n} questions newly right, {paired['only_before']} newly wrong, "
+            f"McNemar p = {paired['p_value']:.2g}")
 
 
 def early_warnings(summary, config, task):
-    """What the evaluation before training says against starting it: lines, each with the command to type; often none.
+    """What the evaluation before training says against starting it: lines, each with the command to type;
+    often none.
 
     summary: of summarize; config: of a GRPO script; task: whose rows, as sft.py calls it.
     """
@@ -1179,14 +1335,16 @@ def early_warnings(summary, config, task):
         folder = f"runs/sft-{task}"
         flags = f"--adapter {folder}/model" if hasattr(config, "lora_r") else f"--model {folder}/model"
         whole = "" if hasattr(config, "lora_r") else " --lora_r 0"
-        lines.append(f"the model doesn't know the tags (format rate {summary['format_rate']:.3f}), so almost nothing can be "
-                     f"rewarded: run `python sft.py --task {task} --model {config.model} --data {config.data}{whole} --out "
-                     f"{folder}` first and start from it with {flags}, or show the tags in --system_prompt FILE")
+        lines.append(f"the model doesn't know the tags (format rate {summary['format_rate']:.3f}), so almost "
+                     f"nothing can be rewarded: run `python sft.py --task {task} --model {config.model} "
+                     f"--data {config.data}{whole} --out {folder}` first and start from it with {flags}, or "
+                     "show the tags in --system_prompt FILE")
     if summary["truncated"] > 0.25:
         closing_tag = rewards.TAGS.get(task, rewards.REASONED)[-1]
         advice = f"type --max_completion_length {2 * config.max_completion_length}"
         if not config.stop_strings:
-            advice += f", or, where the model goes on behind its answer (a base model), --stop_strings '{closing_tag}'"
+            advice += (", or, where the model goes on behind its answer (a base model), --stop_strings "
+                       f"'{closing_tag}'")
         lines.append(f"{summary['truncated']:.0%} of the answers were cut at --max_completion_length "
                      f"{config.max_completion_length}, before they could earn anything: {advice}")
     return lines
@@ -1201,10 +1359,13 @@ def rollout_metrics(groups):
     scores = [score for group in groups for score in group["scores"]]
     lengths = torch.cat([group["lengths"] for group in groups])
     parts = [key for key in scores[0] if key not in ("score", "accuracy", "format_ok", "answer")]
-    return {"reward": fmean(s["score"] for s in scores), **{f"reward_{key}": fmean(s[key] for s in scores) for key in parts},
-            "reward_std": fmean(torch.tensor([s["score"] for s in group["scores"]], dtype=torch.float64).std().item()
+    return {"reward": fmean(s["score"] for s in scores),
+            **{f"reward_{key}": fmean(s[key] for s in scores) for key in parts},
+            "reward_std": fmean(torch.tensor([s["score"] for s in group["scores"]],
+                                             dtype=torch.float64).std().item()
                                 for group in groups),
-            "zero_std_groups": sum(group["zero_std"] for group in groups), "accuracy": fmean(s["accuracy"] for s in scores),
+            "zero_std_groups": sum(group["zero_std"] for group in groups),
+            "accuracy": fmean(s["accuracy"] for s in scores),
             "completion_length": lengths.float().mean().item(),
             "truncated": torch.cat([group["truncated"] for group in groups]).float().mean().item(),
             "num_tokens": int(lengths.sum()), **label_shares(groups)}
@@ -1227,24 +1388,29 @@ def peak_memory_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():  # not getrusage's figure, which begins with the size of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if status.exists():
+        # not getrusage's figure, which begins with the size of the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines()
+                    if line.startswith("VmHWM")) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
+                                                                 else 1024) / 1e9
 
 
 def versions():
     """Versions that a result hangs on, for summary.json."""
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": transformers.__version__}
 
 
-# === command line =====================================================================================================
+# === command line ===========================================================================================
 
 
 @dataclass
 class Config:
     """Scores a model on the held-out questions of a task."""
 
-    task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "pubmedqa"  # which dataset module reads the data
+    # which dataset module reads the data
+    task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "pubmedqa"
     model: str = "tiny"  # tiny, a model folder, an adapter folder, or a hub id
     models: tuple[str, ...] = ()  # instead: heads to compare, each NAME=MODEL or NAME=MODEL+ADAPTER
     mode: Literal["generated", "loglikelihood", "both"] = "generated"  # answers: written, or the likeliest
@@ -1252,7 +1418,8 @@ class Config:
     out: str = ""  # folder for eval.jsonl and summary.json (default: runs/eval-<time>)
     split: Literal["heldout", "train", "all"] = "heldout"  # which side of the split to score
     maybe: bool = False  # PubMedQA with its third class
-    cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: the number of option A in `cop` (auto: told from the values)
+    # MedMCQA: the number of option A in `cop` (auto: told from the values)
+    cop_base: Literal["auto", "0", "1"] = "auto"
     question_field: str = ""  # field of your own file that holds the question
     context_field: str = ""  # ... the context
     answer_field: str = ""  # ... the answer
@@ -1269,7 +1436,8 @@ class Config:
     temperature: float = 1.0  # of those samples
     max_prompt_length: int = 2048  # rows with a longer prompt are left out, and counted
     max_completion_length: int = 300  # tokens an answer may have
-    stop_strings: tuple[str, ...] = ()  # texts that end an answer, for base models that do not stop (</answer>)
+    # texts that end an answer, for base models that do not stop (</answer>)
+    stop_strings: tuple[str, ...] = ()
     eval_batch_size: int = 32  # prompts answered at a time
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what to compute in
     attn_implementation: str = "sdpa"  # attention kernel of transformers
@@ -1281,16 +1449,17 @@ def check_config(config):
     """Raises InputError for knobs of a GRPO script that make no sense, before anything is loaded."""
     check_knobs(config)
     if config.loss_type == "cispo" and config.epsilon_high < 1:
-        raise InputError(f"--loss_type cispo --epsilon_high {config.epsilon_high}: there it is the cap of the ratio itself, at "
-                         "least 1 is needed: type --epsilon_high 5")
+        raise InputError(f"--loss_type cispo --epsilon_high {config.epsilon_high}: there it is the cap of "
+                         "the ratio itself, at least 1 is needed: type --epsilon_high 5")
 
 
 def check_rows(config, train, heldout, counts):
     """Prints what was loaded; raises InputError when it is less than a step or the evaluation needs."""
     a_step = getattr(config, "prompts_per_step", 1)
     if len(train) < a_step or len(heldout) < config.eval_size:
-        raise InputError(f"--data {config.data} gives {len(train)} training and {len(heldout)} held-out rows, fewer than "
-                         f"--prompts_per_step {a_step} or --eval_size {config.eval_size} asks for: lower these or bring more rows")
+        raise InputError(f"--data {config.data} gives {len(train)} training and {len(heldout)} held-out "
+                         f"rows, fewer than --prompts_per_step {a_step} or --eval_size {config.eval_size} "
+                         "asks for: lower these or bring more rows")
     print(f"data: {config.data}, {len(train)} training and {len(heldout)} held-out rows{described(counts)}")
 
 
@@ -1306,7 +1475,8 @@ def parse_heads(models):
         plus = not Path(model).is_dir() and "+" in model  # a folder's own name may hold one
         model, _, adapter = model.rpartition("+") if plus else (model, "", "")
         if plus and not (Path(adapter) / "adapter_config.json").exists():
-            raise InputError(f"--models {text}: {adapter} is no adapter folder (it has no adapter_config.json)")
+            raise InputError(f"--models {text}: {adapter} is no adapter folder (it has no "
+                             "adapter_config.json)")
         if plus and find_model(model)[1]:
             raise InputError(f"--models {text}: {model} is an adapter folder itself, merge it first (python "
                              f"eval.py merge --model {model} --out DIR) and give {name}=DIR+{adapter}")
@@ -1380,21 +1550,24 @@ def mixed(weights):
 
 
 def score_heads(config, heads, rows):
-    """({name: {"generated": records, "loglikelihood": records}} of every head, the rows that they answered); a base is in memory
-    once. Raises InputError where heads cannot answer the same rows.
+    """({name: {"generated": records, "loglikelihood": records}} of every head, the rows that they answered);
+    a base is in memory once. Raises InputError where heads cannot answer the same rows.
     """
     results, answered, free_text = {}, None, {}
     if config.task in ("ecg", "medical_o1"):
         check_scorers(config.language_model, config.reward_model)
-        free_text = {"encoder": pick_encoder(config.similarity, config.encoder), "language_model": config.language_model,
+        free_text = {"encoder": pick_encoder(config.similarity, config.encoder),
+                     "language_model": config.language_model,
                      "reward_model": config.reward_model, "weights": config.weights}
     for source in dict.fromkeys(model for _, model, _ in heads):
-        model, tokenizer, compute = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
+        model, tokenizer, compute = load_model(source, config.dtype,
+                                               attn_implementation=config.attn_implementation,
                                                load_in_4bit=config.load_in_4bit)
         encoded = encode_rows(tokenizer, rows, config.max_prompt_length, config.split)
         if answered and answered != [row for row, _ in encoded]:
-            raise InputError(f"--models: {source} leaves out other rows than the models before it (--max_prompt_length "
-                             f"{config.max_prompt_length}): raise it, so that all answer the same")
+            raise InputError(f"--models: {source} leaves out other rows than the models before it "
+                             f"(--max_prompt_length {config.max_prompt_length}): raise it, so that all "
+                             "answer the same")
         answered = [row for row, _ in encoded]
         own = [(name, adapter) for name, of, adapter in heads if of == source]
         for name, adapter in own:
@@ -1403,17 +1576,21 @@ def score_heads(config, heads, rows):
         for name, adapter in own:
             if adapter:
                 model.set_adapter(name)
-            bare = not adapter and any(other for _, other in own)  # the base under the adapters of other heads
+            # the base under the adapters of other heads
+            bare = not adapter and any(other for _, other in own)
             with model.disable_adapter() if bare else nullcontext():
                 results[name] = {}
                 if config.mode in ("generated", "both"):
                     results[name]["generated"] = evaluate(
-                        model, tokenizer, encoded, compute, max_completion_length=config.max_completion_length, title=name,
-                        batch_size=config.eval_batch_size, samples=config.samples, temperature=config.temperature, seed=config.seed,
+                        model, tokenizer, encoded, compute,
+                        max_completion_length=config.max_completion_length, title=name,
+                        batch_size=config.eval_batch_size, samples=config.samples,
+                        temperature=config.temperature, seed=config.seed,
                         stop_strings=config.stop_strings,
                         score=functools.partial(score_completions, **free_text))
                 if config.mode in ("loglikelihood", "both"):
-                    results[name]["loglikelihood"] = option_likelihoods(model, tokenizer, encoded, compute, title=name,
+                    results[name]["loglikelihood"] = option_likelihoods(model, tokenizer, encoded, compute,
+                                                                        title=name,
                                                                         batch_size=config.eval_batch_size)
             for mode, records in results[name].items():
                 print(f"{name}, {mode}: {describe(summarize(records))}")
@@ -1436,21 +1613,26 @@ def write_results(folder, files):
 
 def compare_heads(config, folder, rows, results):
     """Writes results.jsonl, summary.json and report.html of score_heads, and prints the paired tests."""
-    summaries = {name: {mode: summarize(records) for mode, records in modes.items()} for name, modes in results.items()}
+    summaries = {name: {mode: summarize(records) for mode, records in modes.items()} for name,
+                 modes in results.items()}
     paired = []
     for one, two in itertools.combinations(results, 2):
         for mode in results[one]:
             a, b = (results[name][mode] for name in (one, two))
             test = paired_test(a, b)
             paired.append({"before": one, "after": two, "mode": mode, **test})
-            print(f"{one} -> {two}, {mode}: {headline(summaries[one][mode])[0]:.3f} -> {headline(summaries[two][mode])[0]:.3f}, "
+            print(f"{one} -> {two}, {mode}: {headline(summaries[one][mode])[0]:.3f} -> "
+                  f"{headline(summaries[two][mode])[0]:.3f}, "
                   + describe_pair(test, len(a)))
     lines = []
     for i, row in enumerate(rows):
-        answers = {mode: {name: modes[mode][i] for name, modes in results.items()} for mode in next(iter(results.values()))}
-        lines.append({"id": row["id"], "question": row["extra"]["question"], "options": row["extra"].get("options", []),
+        answers = {mode: {name: modes[mode][i] for name, modes in results.items()}
+                   for mode in next(iter(results.values()))}
+        lines.append({"id": row["id"], "question": row["extra"]["question"],
+                      "options": row["extra"].get("options", []),
                       "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
-                      "answers": answers.get("generated") or {}, "loglikelihood": answers.get("loglikelihood") or {}})
+                      "answers": answers.get("generated") or {}, "loglikelihood": answers.get("loglikelihood")
+                      or {}})
     summary = {"heads": summaries, "paired": paired, "config": asdict(config), "versions": versions()}
     page = report_html(f"{config.task}: {', '.join(results)}", summaries, lines, paired)
     write_results(folder, {"results.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
@@ -1459,7 +1641,9 @@ def compare_heads(config, folder, rows, results):
 
 
 def main(config):
-    """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises InputError."""
+    """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises
+    InputError.
+    """
     check_knobs(config, "temperature", "eval_size")
     heads = parse_heads(config.models or (f"model={config.model}",))
     if config.mode != "generated" and config.task not in ("pubmedqa", "medmcqa"):
@@ -1470,8 +1654,8 @@ def main(config):
     train, heldout, counts = load_task(TASKS[config.task], config)
     rows = {"heldout": heldout, "train": train, "all": train + heldout}[config.split]
     if len(rows) < max(1, config.eval_size):
-        raise InputError(f"--data {config.data} has {len(rows)} rows on the {config.split} side, {max(1, config.eval_size)} "
-                         "needed (--split all takes every row)")
+        raise InputError(f"--data {config.data} has {len(rows)} rows on the {config.split} side, "
+                         f"{max(1, config.eval_size)} needed (--split all takes every row)")
     print(f"data: {config.data}, {len(rows)} rows ({config.split}){described(counts)}")
     rows = rows[:config.eval_size or None]
     if config.mode != "generated":
@@ -1494,7 +1678,8 @@ def main(config):
         return
     [modes] = results.values()
     records = modes.get("generated") or modes["loglikelihood"]
-    summary = {**summarize(records), **({"loglikelihood": summarize(modes["loglikelihood"])} if config.mode == "both" else {})}
+    summary = {**summarize(records),
+               **({"loglikelihood": summarize(modes["loglikelihood"])} if config.mode == "both" else {})}
     summary |= {"config": asdict(config), "versions": versions()}
     write_results(folder, {"eval.jsonl": "".join(json.dumps(record) + "\n" for record in records),
                            "summary.json": json.dumps(summary, indent=1) + "\n"})

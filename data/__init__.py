@@ -18,13 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny"  # the built-in model and its tokenizer
-ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str, "extra": dict}
+ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str,
+              "extra": dict}
 EXTRA_TEXTS = ("disease", "subject", "explanation", "verdict", "choice_type")  # in `extra`: text, or missing
 WRITTEN = {  # by a command of ours into its folder: what it is then
     "summary.json": "another result", "eval.jsonl": "another result", "results.jsonl": "another result",
     "report.html": "another result", "config.json": "another run, or a model", "metrics.jsonl": "another run",
     "checkpoint": "another run", "eval_before.jsonl": "another run", "state.pt": "a checkpoint",
-    "adapter_config.json": "an adapter", "tokenizer_config.json": "a tokenizer", "model.safetensors": "a model",
+    "adapter_config.json": "an adapter", "tokenizer_config.json": "a tokenizer",
+    "model.safetensors": "a model",
     "train.jsonl": "prepared rows", "heldout.jsonl": "prepared rows", "train.parquet": "prepared rows",
     "val.parquet": "prepared rows"}
 
@@ -132,7 +134,8 @@ def one_line_errors():
 
 
 def printable(text):
-    """Text of a file or a model for the terminal: control characters (escape codes) replaced, line ends kept."""
+    """Text of a file or a model for the terminal: control characters (escape codes) replaced, line ends kept.
+    """
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -143,7 +146,8 @@ def out_of_memory(error):
 
 
 def synced(path):
-    """The path, once what it holds is on the disk itself: then it outlives a power cut too. Raises OSError."""
+    """The path, once what it holds is on the disk itself: then it outlives a power cut too. Raises OSError.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -164,11 +168,13 @@ def write_whole(path, text):
 
 
 def load_task(module, config):
-    """module.load_rows with those fields of `config` (a dataclass of knobs) that it takes; --system_prompt is read from its file.
+    """module.load_rows with those fields of `config` (a dataclass of knobs) that it takes; --system_prompt is
+    read from its file.
 
     Returns (train, heldout, counts), see the module. Raises InputError.
     """
-    knobs = {name: getattr(config, name) for name in inspect.signature(module.load_rows).parameters if hasattr(config, name)}
+    knobs = {name: getattr(config, name) for name in inspect.signature(module.load_rows).parameters
+             if hasattr(config, name)}
     path = knobs.get("system_prompt")
     if path:
         try:
@@ -198,9 +204,9 @@ def described(counts):
 def read_records(path):
     """Reads a JSON list, a JSON object or a file of JSON lines.
 
-    Returns [(where, record)]: `where` names the record in error messages ("f.json, row 3", counted from 0; "f.json,
-    key 123"; "f.jsonl, line 4", counted from 1, as editors do). Raises InputError for a file that is missing,
-    unreadable, empty or no JSON, and for a record that is no object.
+    Returns [(where, record)]: `where` names the record in error messages ("f.json, row 3", counted from 0;
+    "f.json, key 123"; "f.jsonl, line 4", counted from 1, as editors do). Raises InputError for a file that is
+    missing, unreadable, empty or no JSON, and for a record that is no object.
     """
     path = Path(path)
     try:
@@ -227,14 +233,16 @@ def read_records(path):
             raise InputError(f"{path} holds a single {type(content).__name__}, a list of rows is needed")
     except json.JSONDecodeError as error:
         if error.msg != "Extra data" or text.lstrip()[0] == "[":
-            raise InputError(f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno})") from None
+            raise InputError(
+                f"{path}, line {error.lineno}: broken JSON ({error.msg}, column {error.colno})") from None
         records = []
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     records.append((f"{path}, line {number}", json.loads(line)))
                 except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from None
+                    raise InputError(
+                        f"{path}, line {number}: broken JSON ({error.msg}, column {error.colno})") from None
                 except ValueError:
                     raise _too_long(path, text) from None
     except RecursionError:
@@ -246,12 +254,14 @@ def read_records(path):
     surrogates = "\\ud" in text.lower()  # half a surrogate pair is JSON, but no text
     for where, record in records:
         if not isinstance(record, dict):
-            raise InputError(f"{where}: a {type(record).__name__} where an object with named fields is needed")
+            raise InputError(
+                f"{where}: a {type(record).__name__} where an object with named fields is needed")
         if surrogates:
             try:
                 json.dumps(record, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
-                raise InputError(f"{where}: holds half a character ({error.object[error.start]!r}); mend or drop the row") from None
+                raise InputError(f"{where}: holds half a character ({error.object[error.start]!r}); mend or "
+                                 "drop the row") from None
     return records
 
 
@@ -272,30 +282,35 @@ def read_hub(name, config, split="train"):
     try:
         dataset = load_dataset(name, config, split=split)
     except Exception as error:  # datasets raises a dozen types for what is one thing to the user: no data
-        raise InputError(hub_message(f"dataset {where}", error, "--data builtin, or --data PATH to a local file")) from error
+        raise InputError(hub_message(f"dataset {where}", error, "--data builtin, or --data PATH to a local "
+                                                                "file")) from error
     return [(f"{where}, row {index}", record) for index, record in enumerate(dataset)]
 
 
 def hub_message(what, error, instead):
-    """One line for a failed download: gated, unknown or unreachable, and what to do. `instead`: what works offline."""
+    """One line for a failed download: gated, unknown or unreachable, and what to do. `instead`: what works
+    offline.
+    """
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     names, text = {type(cause).__name__ for cause in chain}, " ".join(str(cause) for cause in chain)
     if "GatedRepoError" in names or " gated " in text:
-        return f"{what} is gated: accept its licence on its page at huggingface.co, run `hf auth login`, and try again"
+        return (f"{what} is gated: accept its licence on its page at huggingface.co, run `hf auth login`, "
+                "and try again")
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"} and "offline" not in text.lower():
         return f"{what} is not on the hub, or is private: check the spelling, or run `hf auth login`"
     reason = (str(error).splitlines() or [""])[0][:200]
-    return (f"{what} could not be loaded ({type(error).__name__}: {reason}); if the hub is out of reach and nothing is "
-            f"cached, run without it: {instead}")
+    return (f"{what} could not be loaded ({type(error).__name__}: {reason}); if the hub is out of reach and "
+            f"nothing is cached, run without it: {instead}")
 
 
 def text_field(record, field, where, empty_ok=False):
     """record[field] as stripped text; raises InputError when it is missing, no text, or empty."""
     if field not in record:
-        raise InputError(f"{where}: field `{field}` is missing (the row has {', '.join(map(repr, record)) or 'no fields'})")
+        raise InputError(f"{where}: field `{field}` is missing (the row has "
+                         f"{', '.join(map(repr, record)) or 'no fields'})")
     if not isinstance(record[field], str):
         raise InputError(f"{where}, field `{field}`: {type(record[field]).__name__} where text is needed")
     if not record[field].strip() and not empty_ok:
@@ -314,13 +329,14 @@ def check_row(row, where, source=""):
     """
     for field, kind in ROW_FIELDS.items():
         if not isinstance(row.get(field), kind):
-            raise InputError(f"{where}, field `{field}`: {kind.__name__} needed in a prepared row; remake the file with "
-                             "python -m data.prepare")
+            raise InputError(f"{where}, field `{field}`: {kind.__name__} needed in a prepared row; remake "
+                             "the file with python -m data.prepare")
     if source and row["data_source"] != source:
         raise InputError(f"{where}, field `data_source`: {row['data_source']!r} where {source!r} is needed: "
                          "this is a row of another task")
     for message in row["prompt"]:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)
+                and isinstance(message.get("content"), str)):
             raise InputError(f"{where}, field `prompt`: every message needs a text `role` and `content`")
     if not row["prompt"]:
         raise InputError(f"{where}, field `prompt` is empty")
@@ -383,9 +399,11 @@ def question_hash(question, seed):
 
 
 def split_by_question(rows, seed, heldout_fraction=0.5):
-    """(train, heldout): the side hangs on the question's hash, so a question has one side in every file of a dataset.
+    """(train, heldout): the side hangs on the question's hash, so a question has one side in every file of a
+    dataset.
 
-    Training rows keep their order; held-out rows stand in hash order, so that the first n are a random sample.
+    Training rows keep their order; held-out rows stand in hash order, so that the first n are a random
+    sample.
     """
     shares = [question_hash(row["extra"]["question"], seed) for row in rows]
     train = [row for row, share in zip(rows, shares) if share >= heldout_fraction]

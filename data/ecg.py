@@ -1,7 +1,8 @@
 """ECG-Expert-QA: free-text answers to questions about electrocardiograms.
 
 Sources, told apart by their fields:
-  * ECG-Expert-QA as it is cloned (it is not on the hub): a folder or a file of JSON lists, whose rows have the fields
+  * ECG-Expert-QA as it is cloned (it is not on the hub): a folder or a file of JSON lists, whose rows have
+  the fields
     {Q, A}, {Disease, Q, A}, {medical_advice, Q, A} or {Question, Answer}
   * your own JSON list or JSON lines, fields named by question_field and answer_field
   * rows prepared by `python -m data.prepare ecg` (a file, or a folder with train.jsonl and heldout.jsonl)
@@ -27,11 +28,15 @@ SYSTEM_PROMPT = """Answer the ECG question (a yes/no question with Yes or No fir
 ...
 </answer>"""
 ASKING = "is|are|was|were|am|do|does|did|has|have|had|can|could|will|would|shall|should|may|might|must|cannot"
-# a sentence that opens with a verb, or with a phrase of its own and a comma ("After surgery, can I ...?", not "What is ..., and is it ...?")
-YES_NO = re.compile(rf"(?:^|[.?!:;]\s)\W*(?!(?:what|which|how|why|when|where|who|whom|whose)\b)(?:[^.?!,;]*,\s*)?(?:and |or )?"
+# a sentence that opens with a verb, or with a phrase of its own and a comma ("After surgery, can I ...?", not
+# "What is ..., and is it ...?")
+YES_NO = re.compile(
+    r"(?:^|[.?!:;]\s)\W*(?!(?:what|which|how|why|when|where|who|whom|whose)\b)(?:[^.?!,;]*,\s*)?(?:and |or "
+    r")?"
                     rf"(?:{ASKING})(?:n['’]t)?\b", re.I)
 VARIANTS = {frozenset(fields): fields[-2:] for fields in (
-    ("Q", "A"), ("Disease", "Q", "A"), ("medical_advice", "Q", "A"), ("Question", "Answer"))}  # question and answer stand last
+    # question and answer stand last
+    ("Q", "A"), ("Disease", "Q", "A"), ("medical_advice", "Q", "A"), ("Question", "Answer"))}
 
 
 def load_rows(data="builtin", *, question_field="", answer_field="", system_prompt="", limit=0):
@@ -49,7 +54,8 @@ def load_rows(data="builtin", *, question_field="", answer_field="", system_prom
     if data == "builtin":
         return *builtin_rows(limit or 6000, system_prompt), Counter()
     if data == "hub" or data.startswith("hub:"):
-        raise InputError("ECG-Expert-QA is not on the hub: clone it and name its folder with --data PATH, or use --data builtin")
+        raise InputError("ECG-Expert-QA is not on the hub: clone it and name its folder with --data PATH, or "
+                         "use --data builtin")
     counts, rows, answers = Counter(), [], defaultdict(dict)  # of a question: its answers
 
     def convert(file, records):
@@ -60,8 +66,8 @@ def load_rows(data="builtin", *, question_field="", answer_field="", system_prom
             if is_prepared(record):
                 yield where, prepared_row(record, where, "ecg_expert_qa", system_prompt)
             elif not (question_field or answer_field) and record.keys() != variant:
-                raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} where the first row has "
-                                 f"{', '.join(map(repr, variant))}")
+                raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} where the first "
+                                 f"row has {', '.join(map(repr, variant))}")
             else:
                 yield where, _row(record, where, f"{file.stem}-{index}", file.stem, question_field,
                                   answer_field, system_prompt, counts)
@@ -92,21 +98,29 @@ def load_rows(data="builtin", *, question_field="", answer_field="", system_prom
         if limit and len(rows) >= limit:
             break
     rows = rows[:limit or None]
-    shares = [question_hash(row["extra"].get("disease") or row["extra"]["question"], SPLIT_SEED) for row in rows]
-    heldout = [row for _, _, row in sorted((share, i, row) for i, (share, row) in enumerate(zip(shares, rows)) if share < 0.5)]
+    shares = [question_hash(row["extra"].get("disease") or row["extra"]["question"], SPLIT_SEED)
+              for row in rows]
+    heldout = [row for _, _,
+               row in sorted((share, i, row) for i, (share, row) in enumerate(zip(shares, rows))
+                             if share < 0.5)]
     questions = {normalized(row["extra"]["question"]) for row in heldout}
-    train = [row for row, share in zip(rows, shares) if share >= 0.5 and normalized(row["extra"]["question"]) not in questions]
-    counts["dropped from training: the question is held out under another disease"] += len(rows) - len(heldout) - len(train)
+    train = [row for row, share in zip(rows, shares) if share >= 0.5
+             and normalized(row["extra"]["question"]) not in questions]
+    counts["dropped from training: the question is held out under another disease"] += len(rows) - len(
+        heldout) - len(train)
     certain = [row for row in heldout if len(answers[normalized(row["extra"]["question"])]) == 1]
     counts["kept apart from evaluation: the question has several answers"] += len(heldout) - len(certain)
     heldout = _balanced(certain)
-    counts["kept apart from evaluation: more yes than no, or the other way round"] += len(certain) - len(heldout)
+    counts["kept apart from evaluation: more yes than no, or the other way round"] += len(certain) - len(
+        heldout)
     counts["are yes/no questions"] += sum("verdict" in row["extra"] for row in train + heldout)
     return train, heldout, +counts
 
 
 def _balanced(rows):
-    """Rows without those yes/no questions of a file that are too many for as many of each; always yes scores a half then."""
+    """Rows without those yes/no questions of a file that are too many for as many of each; always yes scores
+    a half then.
+    """
     found = Counter((row["extra"].get("subject"), row["extra"].get("verdict")) for row in rows)
     kept, used = [], Counter()
     for row in rows:
@@ -124,8 +138,9 @@ def _row(record, where, source_id, subject, question_field, answer_field, system
     elif frozenset(record) in VARIANTS:
         fields = VARIANTS[frozenset(record)]
     else:
-        raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} are no known form of ECG-Expert-QA "
-                         f"(Q, A; Disease, Q, A; medical_advice, Q, A; Question, Answer): name yours with --question_field and --answer_field")
+        raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'} are no known form of "
+                         "ECG-Expert-QA (Q, A; Disease, Q, A; medical_advice, Q, A; Question, Answer): name "
+                         "yours with --question_field and --answer_field")
     texts = [text_field(record, field, where) for field in fields]
     whole = [repaired(text) for text in texts]
     if None in whole:
@@ -153,13 +168,15 @@ def repaired(text):
 
 
 def make_row(source_id, question, answer, target_text=None, system_prompt="", extra=None):
-    """One row of the collection. An answer that begins with Yes or No to a question that asks for it gets a `verdict` in its extra
-    ("No specific changes." answers another question). Without a reasoning, the SFT target's block for it stays empty.
+    """One row of the collection. An answer that begins with Yes or No to a question that asks for it gets a
+    `verdict` in its extra ("No specific changes." answers another question). Without a reasoning, the SFT
+    target's block for it stays empty.
     """
     first = answer.split(maxsplit=1)[0].strip(",.;:!").lower()
     verdict = {"verdict": first} if first in ("yes", "no") and YES_NO.search(question) else {}
     return {"id": f"ecg_expert_qa:{source_id}", "data_source": "ecg_expert_qa",
-            "prompt": [{"role": "system", "content": system_prompt or SYSTEM_PROMPT}, {"role": "user", "content": question}],
+            "prompt": [{"role": "system", "content": system_prompt or SYSTEM_PROMPT},
+                       {"role": "user", "content": question}],
             "ground_truth": answer, "target": target_text or target("", answer),
             "extra": {"question": question, **verdict, **(extra or {})}}
 
@@ -169,14 +186,17 @@ def target(reasoning, answer):
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
-# === built-in items: measurements and their reading ===================================================================
-# Textbook limits: rate 60 to 100 a minute, PR 120 to 200 ms, QRS below 120 ms, axis -30 to +90 degrees (Surawicz et al. 2009,
+# === built-in items: measurements and their reading =========================================================
+# Textbook limits: rate 60 to 100 a minute, PR 120 to 200 ms, QRS below 120 ms, axis -30 to +90 degrees
+# (Surawicz et al. 2009,
 # doi:10.1161/CIRCULATIONAHA.108.191095); QTc below 450 ms in men and 460 in women (Rautaharju et al. 2009,
 # doi:10.1161/CIRCULATIONAHA.108.191096). Measurements stand clear of the limits.
 
 
 def builtin_ecg(generator):
-    """One invented ECG as a dict of its measurements, drawn with a random.Random. Each measurement is abnormal in a third."""
+    """One invented ECG as a dict of its measurements, drawn with a random.Random. Each measurement is
+    abnormal in a third.
+    """
     def pick(normal, *abnormal):
         low, high, step = normal if generator.random() < 2 / 3 else generator.choice(abnormal)
         return generator.randrange(low, high, step)
@@ -191,16 +211,19 @@ def builtin_ecg(generator):
 
 def ecg_question(e):
     """The measurements, as the question gives them."""
-    st = {"": "isoelectric", "inferior": "2 mm up in II, III, aVF", "anterior": "2 mm up in V1 to V4", "depression": "1 mm down in V5, V6"}
+    st = {"": "isoelectric", "inferior": "2 mm up in II, III, aVF", "anterior": "2 mm up in V1 to V4",
+          "depression": "1 mm down in V5, V6"}
     t = {"": "upright", "inverted": "negative in V2 to V5", "peaked": "tall and pointed in V2 to V4"}
     rhythm = "no P waves, irregular" if e["fibrillation"] else f"PR {e['pr']} ms"
     shape = {"": "", "right": ", rSR' in V1", "left": ", broad R in V6"}[e["block"]]
-    return (f"ECG: rate {e['rate']}, {rhythm}, QRS {e['qrs']} ms{shape}, QTc {e['qtc']} ms, axis {e['axis']}, ST {st[e['st']]}, "
-            f"T {t[e['t']]}. What does it show?")
+    return (f"ECG: rate {e['rate']}, {rhythm}, QRS {e['qrs']} ms{shape}, QTc {e['qtc']} ms, axis "
+            f"{e['axis']}, ST {st[e['st']]}, T {t[e['t']]}. What does it show?")
 
 
 def ecg_reading(e, careful=True):
-    """(reasoning, findings): what an annotator writes, line by line. The careless one takes PR, QTc and axis for normal, unread."""
+    """(reasoning, findings): what an annotator writes, line by line. The careless one takes PR, QTc and axis
+    for normal, unread.
+    """
     rate = "low" if e["rate"] < 60 else "high" if e["rate"] > 100 else "usual"
     rhythm = {"low": "sinus bradycardia", "high": "sinus tachycardia", "usual": "normal sinus rhythm"}[rate]
     block, st, t = e["block"], e["st"], e["t"]
@@ -208,18 +231,22 @@ def ecg_reading(e, careful=True):
     long_qt = careful and e["qtc"] >= 460
     side = "left" if careful and e["axis"] < -30 else "right" if careful and e["axis"] > 90 else ""
     lines = [("rate", rate, "atrial fibrillation" if e["fibrillation"] else rhythm),
-             ("PR", "no" if e["fibrillation"] else "high" if long_pr else "usual", "first-degree AV block" * long_pr),
+             ("PR", "no" if e["fibrillation"] else "high" if long_pr else "usual",
+              "first-degree AV block" * long_pr),
              ("QRS", f"high, {block}" if block else "usual", f"{block} bundle branch block" * bool(block)),
              ("QTc", "high" if long_qt else "usual", "prolonged QT interval" * long_qt),
              ("axis", side or "usual", f"{side} axis deviation" * bool(side)),
-             ("ST", {"": "usual", "depression": "lower"}.get(st, f"higher, {st}"), {"": "", "depression": "ST depression"}.get(st, f"{st} ST elevation")),
-             ("T", {"": "usual", "inverted": "lower", "peaked": "higher"}[t], {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[t])]
-    return "\n".join(f"{what}: {verdict}" for what, verdict, _ in lines), [finding for *_, finding in lines if finding]
+             ("ST", {"": "usual", "depression": "lower"}.get(st, f"higher, {st}"),
+              {"": "", "depression": "ST depression"}.get(st, f"{st} ST elevation")),
+             ("T", {"": "usual", "inverted": "lower", "peaked": "higher"}[t],
+              {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[t])]
+    return "\n".join(f"{what}: {verdict}" for what, verdict,
+                     _ in lines), [finding for *_, finding in lines if finding]
 
 
 def builtin_rows(n, system_prompt="", seed=0):
-    """(train, heldout), half each, of n ECGs. Training targets are by a careless annotator (55%) or a careful one; ground truth and
-    held-out targets are the careful reading.
+    """(train, heldout), half each, of n ECGs. Training targets are by a careless annotator (55%) or a careful
+    one; ground truth and held-out targets are the careful reading.
     """
     generator, sides, seen = random.Random(seed), ([], []), set()
     while len(seen) < n:
@@ -231,8 +258,10 @@ def builtin_rows(n, system_prompt="", seed=0):
         heldout = question_hash(question, SPLIT_SEED) < 0.5
         reasoning, findings = ecg_reading(e)
         said, named = ecg_reading(e, careful=heldout or not careless)
-        sides[heldout].append(make_row(f"builtin-{len(seen) - 1}", question, sentence(findings), target(said, sentence(named)), system_prompt,
-                                       {"findings": findings, "explanation": reasoning, "annotator": "careless" if said != reasoning else "careful"}))
+        sides[heldout].append(make_row(f"builtin-{len(seen) - 1}", question, sentence(findings),
+                                       target(said, sentence(named)), system_prompt,
+                                       {"findings": findings, "explanation": reasoning,
+                                        "annotator": "careless" if said != reasoning else "careful"}))
     return sides
 
 

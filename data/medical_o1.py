@@ -4,7 +4,8 @@ Sources, told apart by their fields:
   * hub FreedomIntelligence/medical-o1-reasoning-SFT     {Question, Complex_CoT, Response}, config en
   * hub FreedomIntelligence/medical-o1-verifiable-problem {Open-ended Verifiable Question, Ground-True Answer}
   * any other hub set or local JSON list or JSON lines, fields named by question_field and answer_field
-  * rows prepared by `python -m data.prepare medical_o1` (a file, or a folder with train.jsonl and heldout.jsonl)
+  * rows prepared by `python -m data.prepare medical_o1` (a file, or a folder with train.jsonl and
+  heldout.jsonl)
 Chen et al. 2024, "HuatuoGPT-o1, Towards Medical Complex Reasoning with LLMs", arXiv:2412.18925.
 """
 from collections import Counter
@@ -23,21 +24,23 @@ SYSTEM_PROMPT = """Answer the medical question. First reason, then answer, in th
 <answer>
 ...
 </answer>"""
-FORMS = (("Question", "Complex_CoT", "Response"), ("Open-ended Verifiable Question", "", "Ground-True Answer"),
+FORMS = (("Question", "Complex_CoT", "Response"),
+         ("Open-ended Verifiable Question", "", "Ground-True Answer"),
          ("question", "", "answer"))  # question, reasoning, answer
 
 
 def load_rows(data="hub", *, question_field="", answer_field="", system_prompt="", limit=0):
     """Loads and splits a source.
 
-    data: "hub", "hub:ORG/NAME[:CONFIG]", a file, or a folder that data.prepare wrote. question_field, answer_field: fields of
-    your own set ("" = those of FORMS). system_prompt: replaces SYSTEM_PROMPT. limit: read only so many rows
-    (0 = all), of a prepared folder so many of each side.
-    Returns (train, heldout, counts): two lists of rows, split by the question's hash, of a prepared folder as
-    they are, and a Counter of what was dropped. Raises InputError.
+    data: "hub", "hub:ORG/NAME[:CONFIG]", a file, or a folder that data.prepare wrote. question_field,
+    answer_field: fields of your own set ("" = those of FORMS). system_prompt: replaces SYSTEM_PROMPT. limit:
+    read only so many rows (0 = all), of a prepared folder so many of each side. Returns (train, heldout,
+    counts): two lists of rows, split by the question's hash, of a prepared folder as they are, and a Counter
+    of what was dropped. Raises InputError.
     """
     if data == "builtin":
-        raise InputError("--task medical_o1 has no built-in items: give --data hub, --data hub:ORG/NAME or --data PATH, or take --task ecg")
+        raise InputError("--task medical_o1 has no built-in items: give --data hub, --data hub:ORG/NAME or "
+                         "--data PATH, or take --task ecg")
     if data == "hub" or data.startswith("hub:"):
         name, _, config = (HUB if data == "hub" else data[4:]).partition(":")
         sides = [read_hub(name, config or None)]
@@ -76,12 +79,14 @@ def _rows(records, first, limit, knobs, counts):
 def _row(record, where, index, question_field, answer_field, system_prompt):
     form = next((form for form in FORMS if form[0] in record and form[2] in record), None)
     if not form and not (question_field and answer_field):
-        raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'}: name the question's and the answer's with "
-                         "--question_field and --answer_field")
+        raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'}: name the question's and "
+                         "the answer's with --question_field and --answer_field")
     question_name, reasoning_name, answer_name = form or ("", "", "")
     question, answer = (text_field(record, given or usual, where)
                         for given, usual in ((question_field, question_name), (answer_field, answer_name)))
     reasoning = text_field(record, reasoning_name, where, empty_ok=True) if reasoning_name in record else ""
     return {"id": f"medical_o1:{record.get('id', index)}", "data_source": "medical_o1",
-            "prompt": [{"role": "system", "content": system_prompt or SYSTEM_PROMPT}, {"role": "user", "content": question}],
-            "ground_truth": answer, "target": target(reasoning, answer), "extra": {"question": question, "explanation": reasoning}}
+            "prompt": [{"role": "system", "content": system_prompt or SYSTEM_PROMPT},
+                       {"role": "user", "content": question}],
+            "ground_truth": answer, "target": target(reasoning, answer),
+            "extra": {"question": question, "explanation": reasoning}}

@@ -1,13 +1,13 @@
 """MedMCQA: four-option questions of Indian medical entrance exams.
 
 Sources, told apart by their fields and values:
-  * hub openlifescienceai/medmcqa   {question, opa, opb, opc, opd, cop, exp, subject_name, choice_type, id}, `cop` 0-3,
-                                    -1 where there is no label
-  * the original JSON-lines files   the same fields with `cop` 1-4; a file, or a folder with train.json and dev.json
+  * hub openlifescienceai/medmcqa   {question, opa, opb, opc, opd, cop, exp, subject_name, choice_type, id},
+                                    `cop` 0-3, -1 where there is no label
+  * the original JSON-lines files   the same fields with `cop` 1-4; a file, or train.json and dev.json
   * rows prepared by `python -m data.prepare medmcqa` (a file, or a folder with train.jsonl and heldout.jsonl)
   * built-in: textbook facts, asked in several wordings (below)
-Pal et al. 2022, "MedMCQA: A Large-scale Multi-Subject Multi-Choice Dataset for Medical domain Question Answering",
-arXiv:2203.14371.
+Pal et al. 2022, "MedMCQA: A Large-scale Multi-Subject Multi-Choice Dataset for Medical domain Question
+Answering", arXiv:2203.14371.
 """
 import random
 import re
@@ -21,12 +21,14 @@ HUB = "openlifescienceai/medmcqa"
 BASE_MODEL = "Qwen/Qwen3-4B-Base"  # that its scripts train with a GPU
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 LETTERS = "ABCD"
-SYSTEM_PROMPT = """Answer the question with one of its four options. First work it out, then give the letter, in this form:
+SYSTEM_PROMPT = """Answer the question with one of its four options. First work it out, then give the \
+letter, in this form:
 <start_working_out>
 ...
 <end_working_out>
 <SOLUTION>letter</SOLUTION>"""
-# "Ans-a.", "Answer: (B)", "Ans. is 'c' i.e.,", "Ans. BSolitary ..."; not "Ans. all of these", "Ans. DNA ...", "Ans. A 45-year-old"
+# "Ans-a.", "Answer: (B)", "Ans. is 'c' i.e.,", "Ans. BSolitary ..."; not "Ans. all of these", "Ans. DNA ...",
+# "Ans. A 45-year-old"
 NAMED_OPTION = re.compile(
     r"""\W{0,9}(?:[Cc]orrect\s)?(?i:ans|answer)\b[\s.:=-]{0,9}(?:is\b\s?)?['"(\[]{0,3}([A-Da-d])"""
     r"""(?=$|['")\].:]|\s[.:(]|\(|\s?-(?![a-z])|,(?!\s?[A-Da-d]\b)|\s?i\.?\s?e\b|\s?[A-Z][a-z])"""
@@ -35,16 +37,17 @@ SPELLED_OPTION = re.compile(r"\W{0,9}(?i:ans|answer)\b[\s.:=-]{0,9}[A-Da-d]\s")
 LEADING = re.compile(r"^(?:[\s.,:;)*]|-(?!\d))+")  # what is left over in front once the option is gone
 
 
-def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_field="", system_prompt="", limit=0):
+def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_field="", system_prompt="",
+              limit=0):
     """Loads and splits a source.
 
-    data: "builtin", "hub", "hub:ORG/NAME[:CONFIG]", a file, a folder that data.prepare wrote, or one with train.json and
-    dev.json. cop_base: the number of option A in `cop`, "0", "1", or "auto": told from the values. question_field,
-    answer_field: fields of your own file ("" = question, cop). system_prompt: replaces SYSTEM_PROMPT. limit: keep only so
-    many rows of each part (0 = all).
-    Returns (train, heldout, counts): two lists of rows and a Counter of what was dropped or mended. The
-    validation part of the hub and of the original folder is held out, a folder that data.prepare wrote stays
-    split as it is, a single file is split by question. Raises InputError.
+    data: "builtin", "hub", "hub:ORG/NAME[:CONFIG]", a file, a folder that data.prepare wrote, or one with
+    train.json and dev.json. cop_base: the number of option A in `cop`, "0", "1", or "auto": told from the
+    values. question_field, answer_field: fields of your own file ("" = question, cop). system_prompt:
+    replaces SYSTEM_PROMPT. limit: keep only so many rows of each part (0 = all). Returns (train, heldout,
+    counts): two lists of rows and a Counter of what was dropped or mended. The validation part of the hub and
+    of the original folder is held out, a folder that data.prepare wrote stays split as it is, a single file
+    is split by question. Raises InputError.
     """
     if data == "builtin":
         train, heldout = builtin_rows(system_prompt)
@@ -64,7 +67,8 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
     prepared = is_prepared(everything[0][1])
     first = None if prepared else _first_option(everything, cop_base, answer_field or "cop", data)
     counts, seen, heldout_questions, sides = Counter(), {}, set(), []  # of a side: its (where, row)
-    for part, records in enumerate(reversed(parts)):  # held-out rows first: a question that stands there must not be trained on
+    for part, records in enumerate(reversed(parts)):
+        # held-out rows first: a question that stands there must not be trained on
         rows, seen = [], {} if decided else seen
         for index, (where, record) in enumerate(records):
             fallback_id = f"{index}" if part == len(parts) - 1 else f"heldout-{index}"
@@ -78,7 +82,8 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
             if question in heldout_questions and not decided:  # else keep_sides refuses it
                 counts["dropped from training: the question is held out"] += 1
             elif key in seen and not prepared:  # prepared rows may hold several targets of an item
-                counts["dropped: occurs before" + ("" if seen[key] == answer else ", with another answer")] += 1
+                counts["dropped: occurs before"
+                       + ("" if seen[key] == answer else ", with another answer")] += 1
             else:
                 seen[key] = answer
                 rows.append((where, row))
@@ -90,7 +95,8 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
         train, heldout = split_by_question([row for _, row in sides[0]][:limit or None], SPLIT_SEED)
     for row in train + heldout:
         counts["kept: no explanation, so no SFT target"] += not row["extra"].get("explanation")
-        counts["kept: choice_type multi, one label all the same"] += row["extra"].get("choice_type") == "multi"
+        counts["kept: choice_type multi, one label all the same"] += row["extra"].get(
+            "choice_type") == "multi"
     return train, heldout, +counts
 
 
@@ -100,30 +106,39 @@ def _first_option(records, cop_base, field, data):
     for where, record in records:
         value = record.get(field)
         if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= 4:
-            raise InputError(f"{where}, field `{field}`: {value!r} where the number of an option is needed (0-3, or 1-4, or -1 for none)")
+            raise InputError(f"{where}, field `{field}`: {value!r} where the number of an option is needed "
+                             "(0-3, or 1-4, or -1 for none)")
         values[value] += 1
     if set(values) == {-1}:
-        raise InputError(f"{data}: field `{field}` is -1 in every row: the file has no labels (the hub's test part has none)")
+        raise InputError(f"{data}: field `{field}` is -1 in every row: the file has no labels (the hub's "
+                         "test part has none)")
     if values[0] and values[4]:
-        raise InputError(f"{data}: field `{field}` holds both 0 and 4, so it counts neither from 0 nor from 1: were two files joined?")
+        raise InputError(f"{data}: field `{field}` holds both 0 and 4, so it counts neither from 0 nor from "
+                         "1: were two files joined?")
     if cop_base == "auto" and not values[0] and not values[4]:
-        raise InputError(f"{data}: field `{field}` holds only {sorted(values)}, so it cannot be told whether option A is 0 or 1: add "
-                         "--cop_base 0 (the hub's numbering) or --cop_base 1 (the original files')")
+        raise InputError(f"{data}: field `{field}` holds only {sorted(values)}, so it cannot be told whether "
+                         "option A is 0 or 1: add --cop_base 0 (the hub's numbering) or --cop_base 1 (the "
+                         "original files')")
     first = int(cop_base) if cop_base != "auto" else 0 if values[0] else 1
     if values[0] and first == 1 or values[4] and first == 0:
-        raise InputError(f"{data}: field `{field}` holds {0 if first else 4}, which is no option with --cop_base {first}")
-    named = [(NAMED_OPTION.match(record["exp"]), record[field]) for _, record in records if isinstance(record.get("exp"), str)]
-    agree = [LETTERS.index(match[1].upper()) == value - first for match, value in named if match and value >= first]
+        raise InputError(f"{data}: field `{field}` holds {0 if first else 4}, which is no option with "
+                         f"--cop_base {first}")
+    named = [(NAMED_OPTION.match(record["exp"]), record[field]) for _, record in records
+             if isinstance(record.get("exp"), str)]
+    agree = [LETTERS.index(match[1].upper()) == value - first for match, value in named if match
+             and value >= first]
     if len(agree) >= 10 and sum(agree) < len(agree) / 2:
-        raise InputError(f"{data}: of {len(agree)} explanations that name their option only {sum(agree)} name that of `{field}`, "
-                         f"taking {first} for option A: its numbering must be another (see --cop_base)")
+        raise InputError(f"{data}: of {len(agree)} explanations that name their option only {sum(agree)} "
+                         f"name that of `{field}`, taking {first} for option A: its numbering must be "
+                         "another (see --cop_base)")
     return first
 
 
 def _row(record, where, fallback_id, first, question_field, answer_field, system_prompt, counts):
     """The row of a record in the hub's or the original form, or None if it is dropped, which is counted."""
     question = text_field(record, question_field or "question", where)
-    options = [text_field(record, "op" + letter, where, empty_ok=True) if record.get("op" + letter, "") is not None else ""
+    options = [text_field(record, "op" + letter, where, empty_ok=True)
+               if record.get("op" + letter, "") is not None else ""
                for letter in "abcd"]
     label = record[answer_field or "cop"] - first
     if label < 0:
@@ -146,36 +161,46 @@ def _row(record, where, fallback_id, first, question_field, answer_field, system
 def _prepared_row(record, where, system_prompt):
     record = prepared_row(record, where, "medmcqa", system_prompt)
     options, label = record["extra"].get("options"), record["ground_truth"]
-    if not (isinstance(options, list) and len(options) == 4 and all(isinstance(option, str) for option in options)):
-        raise InputError(f"{where}, field `extra`: a list `options` of four texts is needed in a prepared MedMCQA row")
+    if not (isinstance(options, list) and len(options) == 4
+            and all(isinstance(option, str) for option in options)):
+        raise InputError(f"{where}, field `extra`: a list `options` of four texts is needed in a prepared "
+                         "MedMCQA row")
     if label not in tuple(LETTERS):
         raise InputError(f"{where}: ground truth {label!r} is not one of A, B, C, D")
     return record
 
 
 def clean_explanation(explanation, answer):
-    """An explanation without the option that it begins by naming ("Ans-a. Fluoxetine ..."), which would answer before it reasons."""
+    """An explanation without the option that it begins by naming ("Ans-a. Fluoxetine ..."), which would
+    answer before it reasons.
+    """
     text = explanation.strip()
-    spelled = SPELLED_OPTION.match(text)  # "Ans. A retinoblastoma ...": it takes the option's own words to tell it from an article
+    # "Ans. A retinoblastoma ...": it takes the option's own words to tell it from an article
+    spelled = SPELLED_OPTION.match(text)
     named_in_words = spelled and text[spelled.end():].casefold().startswith(answer.rstrip(".").casefold())
     match = spelled if named_in_words else NAMED_OPTION.match(text)
     if not match:
         return text
     text, answer = LEADING.sub("", text[match.end():], count=1), answer.rstrip(".")
     named = text.lstrip("(")
-    if named[:len(answer)].casefold() == answer.casefold():  # the option's words often stand there, glued to what follows
+    if named[:len(answer)].casefold() == answer.casefold():
+        # the option's words often stand there, glued to what follows
         rest = named[len(answer):]
         text = rest if rest[:1].isupper() or not rest[:1].isalnum() else text
     return LEADING.sub("", text, count=1)
 
 
-def make_row(source_id, question, options, letter, explanation="", target_text=None, system_prompt="", extra=None):
-    """One row of the collection; the explanation is the reasoning of its SFT target, which stays "" without one."""
+def make_row(source_id, question, options, letter, explanation="", target_text=None, system_prompt="",
+             extra=None):
+    """One row of the collection; the explanation is the reasoning of its SFT target, which stays "" without
+    one.
+    """
     listed = "\n".join(f"{name}. {option}" for name, option in zip(LETTERS, options))
     return {"id": f"medmcqa:{source_id}", "data_source": "medmcqa",
             "prompt": [{"role": "system", "content": system_prompt or SYSTEM_PROMPT},
                        {"role": "user", "content": f"Question: {question}\n\n{listed}"}],
-            "ground_truth": letter, "target": target_text or (target(explanation, letter) if explanation else ""),
+            "ground_truth": letter, "target": target_text
+            or (target(explanation, letter) if explanation else ""),
             "extra": {"question": question, "options": options, "explanation": explanation, **(extra or {})}}
 
 
@@ -190,84 +215,104 @@ def target(reasoning, answer):
     return f"<start_working_out>\n{reasoning}\n<end_working_out>\n<SOLUTION>{answer}</SOLUTION>"
 
 
-# === built-in items: textbook facts ==================================================================================
-# A topic: its subject, the sentence that states a fact, its three wordings for training and one held out, asking for the
-# value, then three for training and one held out, asking for the key; then the facts, one key and one value each. Within a
+# === built-in items: textbook facts =========================================================================
+# A topic: its subject, the sentence that states a fact, its three wordings for training and one held out,
+# asking for the
+# value, then three for training and one held out, asking for the key; then the facts, one key and one value
+# each. Within a
 # topic no value fits another key, so the other values are wrong options that need knowledge to rule out.
 
 TOPICS = [
     ("Biochemistry", "{key} comes from lack of {value}.",
-     ("{key} comes from lack of:", "Which nutrient is lacking in {key}?", "A patient has {key}. What is deficient?",
+     ("{key} comes from lack of:", "Which nutrient is lacking in {key}?",
+      "A patient has {key}. What is deficient?",
       "Deficiency of which nutrient leads to {key}?"),
-     ("Lack of {value} leads to:", "Which disease comes from too little {value}?", "Deficiency of {value} results in:",
+     ("Lack of {value} leads to:", "Which disease comes from too little {value}?",
+      "Deficiency of {value} results in:",
       "What results from deficiency of {value}?"),
-     """scurvy = vitamin C; beriberi = thiamine; pellagra = niacin; rickets = vitamin D; night blindness = vitamin A;
-     pernicious anaemia = vitamin B12; neural tube defect = folate; goitre = iodine; Keshan disease = selenium;
-     koilonychia = iron; bleeding of the newborn = vitamin K; acrodermatitis enteropathica = zinc; dental caries = fluoride;
-     Menkes disease = copper; isoniazid neuropathy = pyridoxine"""),
+     """scurvy = vitamin C; beriberi = thiamine; pellagra = niacin; rickets = vitamin D;
+     night blindness = vitamin A; pernicious anaemia = vitamin B12; neural tube defect = folate;
+     goitre = iodine; Keshan disease = selenium; koilonychia = iron; bleeding of the newborn = vitamin K;
+     acrodermatitis enteropathica = zinc; dental caries = fluoride; Menkes disease = copper;
+     isoniazid neuropathy = pyridoxine"""),
     ("Biochemistry", "{key} is a deficiency of {value}.",
-     ("{key} is a deficiency of:", "Which enzyme is deficient in {key}?", "A child has {key}. Which enzyme fails?",
+     ("{key} is a deficiency of:", "Which enzyme is deficient in {key}?",
+      "A child has {key}. Which enzyme fails?",
       "The enzyme missing in {key} is:"),
-     ("Deficiency of {value} is seen in:", "Which disease is due to absent {value}?", "A defect of {value} is found in:",
+     ("Deficiency of {value} is seen in:", "Which disease is due to absent {value}?",
+      "A defect of {value} is found in:",
       "A defect of {value} causes:"),
-     """phenylketonuria = phenylalanine hydroxylase; alkaptonuria = homogentisate oxidase; Gaucher disease = glucocerebrosidase;
-     Tay-Sachs disease = hexosaminidase A; Fabry disease = galactosidase A; Pompe disease = acid maltase;
-     von Gierke disease = glucose-6-phosphatase; McArdle disease = muscle phosphorylase; Lesch-Nyhan syndrome = HGPRT;
-     Niemann-Pick disease = sphingomyelinase; Krabbe disease = galactocerebrosidase; Hurler syndrome = iduronidase;
-     albinism = tyrosinase; homocystinuria = cystathionine synthase; fructose intolerance = aldolase B;
+     """phenylketonuria = phenylalanine hydroxylase; alkaptonuria = homogentisate oxidase;
+     Gaucher disease = glucocerebrosidase; Tay-Sachs disease = hexosaminidase A;
+     Fabry disease = galactosidase A; Pompe disease = acid maltase;
+     von Gierke disease = glucose-6-phosphatase; McArdle disease = muscle phosphorylase;
+     Lesch-Nyhan syndrome = HGPRT; Niemann-Pick disease = sphingomyelinase;
+     Krabbe disease = galactocerebrosidase; Hurler syndrome = iduronidase; albinism = tyrosinase;
+     homocystinuria = cystathionine synthase; fructose intolerance = aldolase B;
      Hunter syndrome = iduronate sulfatase"""),
     ("Pharmacology", "The antidote of {key} is {value}.",
-     ("The antidote of {key} is:", "Which drug treats overdose of {key}?", "A patient is poisoned with {key}. What is given?",
+     ("The antidote of {key} is:", "Which drug treats overdose of {key}?",
+      "A patient is poisoned with {key}. What is given?",
       "Poisoning by {key} is reversed by:"),
-     ("{value} is the antidote of:", "Against which poison is {value} given?", "Poisoning by what is reversed by {value}?",
+     ("{value} is the antidote of:", "Against which poison is {value} given?",
+      "Poisoning by what is reversed by {value}?",
       "{value} reverses poisoning by:"),
-     """paracetamol = acetylcysteine; morphine = naloxone; diazepam = flumazenil; organophosphate = pralidoxime;
-     heparin = protamine; warfarin = phytomenadione; methanol = fomepizole; iron salts = desferrioxamine; lead = succimer;
-     cyanide = hydroxocobalamin; digoxin = Fab fragments; methotrexate = folinic acid; propranolol = glucagon;
-     carbon monoxide = oxygen; dabigatran = idarucizumab; nitrite = methylene blue;
-     atropine = physostigmine"""),
+     """paracetamol = acetylcysteine; morphine = naloxone; diazepam = flumazenil;
+     organophosphate = pralidoxime; heparin = protamine; warfarin = phytomenadione; methanol = fomepizole;
+     iron salts = desferrioxamine; lead = succimer; cyanide = hydroxocobalamin; digoxin = Fab fragments;
+     methotrexate = folinic acid; propranolol = glucagon; carbon monoxide = oxygen; dabigatran = idarucizumab;
+     nitrite = methylene blue; atropine = physostigmine"""),
     ("Anatomy", "Injury of the {key} nerve causes {value}.",
-     ("Injury of the {key} nerve causes:", "What is the sign of a cut {key} nerve?", "The {key} nerve is damaged. What is found?",
+     ("Injury of the {key} nerve causes:", "What is the sign of a cut {key} nerve?",
+      "The {key} nerve is damaged. What is found?",
       "A lesion of the {key} nerve leads to:"),
      ("{value} is caused by injury of the nerve:", "Which nerve is cut in {value}?",
       "{value} suggests a lesion of the nerve:", "{value} points to a lesion of which nerve?"),
-     """radial = wrist drop; ulnar = claw hand; median = ape thumb; common peroneal = foot drop; long thoracic = winged scapula;
-     facial = Bell palsy; oculomotor = ptosis; recurrent laryngeal = hoarseness; phrenic = raised diaphragm;
-     abducens = convergent squint; hypoglossal = tongue deviation; superior gluteal = Trendelenburg gait;
-     obturator = weak thigh adduction; femoral = lost knee jerk; axillary = deltoid wasting; accessory = weak shoulder shrug;
+     """radial = wrist drop; ulnar = claw hand; median = ape thumb; common peroneal = foot drop;
+     long thoracic = winged scapula; facial = Bell palsy; oculomotor = ptosis;
+     recurrent laryngeal = hoarseness; phrenic = raised diaphragm; abducens = convergent squint;
+     hypoglossal = tongue deviation; superior gluteal = Trendelenburg gait; obturator = weak thigh adduction;
+     femoral = lost knee jerk; axillary = deltoid wasting; accessory = weak shoulder shrug;
      musculocutaneous = weak elbow flexion; olfactory = anosmia"""),
     ("Pharmacology", "{key} inhibits {value}.",
-     ("{key} inhibits:", "What is the target of {key}?", "A patient takes {key}. Which molecule does it block?",
+     ("{key} inhibits:", "What is the target of {key}?",
+      "A patient takes {key}. Which molecule does it block?",
       "The action of {key} is inhibition of:"),
      ("{value} is inhibited by:", "Which drug acts on {value}?", "{value} is blocked by the drug:",
       "The drug that blocks {value} is:"),
      """omeprazole = proton pump; aspirin = cyclo-oxygenase; simvastatin = HMG-CoA reductase;
-     captopril = angiotensin converting enzyme; allopurinol = xanthine oxidase; trimethoprim = dihydrofolate reductase;
-     ciprofloxacin = DNA gyrase; rifampicin = RNA polymerase; finasteride = 5-alpha reductase; sildenafil = phosphodiesterase 5;
-     ouabain = sodium pump; acetazolamide = carbonic anhydrase; oseltamivir = neuraminidase;
-     neostigmine = acetylcholinesterase; selegiline = monoamine oxidase B; imatinib = BCR-ABL kinase;
-     hydroxyurea = ribonucleotide reductase; carbimazole = thyroid peroxidase; letrozole = aromatase;
-     caspofungin = glucan synthase; disulfiram = aldehyde dehydrogenase; terbinafine = squalene epoxidase"""),
+     captopril = angiotensin converting enzyme; allopurinol = xanthine oxidase;
+     trimethoprim = dihydrofolate reductase; ciprofloxacin = DNA gyrase; rifampicin = RNA polymerase;
+     finasteride = 5-alpha reductase; sildenafil = phosphodiesterase 5; ouabain = sodium pump;
+     acetazolamide = carbonic anhydrase; oseltamivir = neuraminidase; neostigmine = acetylcholinesterase;
+     selegiline = monoamine oxidase B; imatinib = BCR-ABL kinase; hydroxyurea = ribonucleotide reductase;
+     carbimazole = thyroid peroxidase; letrozole = aromatase; caspofungin = glucan synthase;
+     disulfiram = aldehyde dehydrogenase; terbinafine = squalene epoxidase"""),
     ("Microbiology", "{value} is caused by {key}.",
      ("{key} causes:", "Which disease is due to {key}?", "{key} is cultured. What does the patient have?",
       "The illness produced by {key} is:"),
-     ("{value} is caused by:", "Which organism causes {value}?", "{value} is due to the agent:", "The agent of {value} is:"),
+     ("{value} is caused by:", "Which organism causes {value}?", "{value} is due to the agent:",
+      "The agent of {value} is:"),
      """Treponema pallidum = syphilis; Borrelia burgdorferi = Lyme disease; Yersinia pestis = plague;
      Bordetella pertussis = whooping cough; Mycobacterium leprae = leprosy; Coxiella burnetii = Q fever;
-     Bartonella henselae = cat scratch disease; Clostridium tetani = lockjaw; Salmonella typhi = enteric fever;
-     Vibrio cholerae = cholera; Leishmania donovani = kala-azar; Trypanosoma cruzi = Chagas disease;
-     Bacillus anthracis = anthrax; varicella zoster virus = chickenpox; Epstein-Barr virus = glandular fever;
-     parvovirus B19 = slapped cheek disease; Francisella tularensis = tularaemia; Wuchereria bancrofti = elephantiasis;
+     Bartonella henselae = cat scratch disease; Clostridium tetani = lockjaw;
+     Salmonella typhi = enteric fever; Vibrio cholerae = cholera; Leishmania donovani = kala-azar;
+     Trypanosoma cruzi = Chagas disease; Bacillus anthracis = anthrax; varicella zoster virus = chickenpox;
+     Epstein-Barr virus = glandular fever; parvovirus B19 = slapped cheek disease;
+     Francisella tularensis = tularaemia; Wuchereria bancrofti = elephantiasis;
      Clostridium perfringens = gas gangrene; Tropheryma whipplei = Whipple disease"""),
     ("Medicine", "{key} has {value} antibodies.",
-     ("{key} has which antibodies?", "Which autoantibodies mark {key}?", "A patient has {key}. Which antibodies are sought?",
+     ("{key} has which antibodies?", "Which autoantibodies mark {key}?",
+      "A patient has {key}. Which antibodies are sought?",
       "The antibodies typical of {key} are directed at:"),
      ("Antibodies of the kind {value} are typical of:", "Which disease has {value} antibodies?",
       "{value} antibodies are found in:", "{value} antibodies point to:"),
-     """systemic lupus = double-stranded DNA; biliary cholangitis = mitochondrial; Wegener granulomatosis = proteinase 3;
-     coeliac disease = transglutaminase; myasthenia gravis = acetylcholine receptor; Graves disease = TSH receptor;
-     Goodpasture syndrome = basement membrane; rheumatoid arthritis = citrullinated peptide; Addison anaemia = intrinsic factor;
-     limited scleroderma = centromere; Lambert-Eaton syndrome = calcium channel; pemphigus vulgaris = desmoglein;
+     """systemic lupus = double-stranded DNA; biliary cholangitis = mitochondrial;
+     Wegener granulomatosis = proteinase 3; coeliac disease = transglutaminase;
+     myasthenia gravis = acetylcholine receptor; Graves disease = TSH receptor;
+     Goodpasture syndrome = basement membrane; rheumatoid arthritis = citrullinated peptide;
+     Addison anaemia = intrinsic factor; limited scleroderma = centromere;
+     Lambert-Eaton syndrome = calcium channel; pemphigus vulgaris = desmoglein;
      autoimmune hepatitis = smooth muscle; neuromyelitis optica = aquaporin 4; membranous nephropathy = PLA2R;
      bullous pemphigoid = hemidesmosome"""),
     ("Physiology", "{key} is made by the {value}.",
@@ -276,10 +321,11 @@ TOPICS = [
      ("The {value} secretes:", "Which hormone is made by the {value}?", "What is the product of the {value}?",
       "The product of the {value} is:"),
      """insulin = beta cells; glucagon = alpha cells; calcitonin = C cells; aldosterone = zona glomerulosa;
-     cortisol = zona fasciculata; adrenaline = adrenal medulla; melatonin = pineal gland; prolactin = anterior pituitary;
-     testosterone = Leydig cells; inhibin = Sertoli cells; renin = juxtaglomerular cells; gastrin = G cells; secretin = S cells;
-     cholecystokinin = I cells; erythropoietin = peritubular fibroblasts; leptin = fat cells;
-     progesterone = corpus luteum; somatostatin = delta cells; vasopressin = supraoptic nucleus; thyroxine = thyroid follicles"""),
+     cortisol = zona fasciculata; adrenaline = adrenal medulla; melatonin = pineal gland;
+     prolactin = anterior pituitary; testosterone = Leydig cells; inhibin = Sertoli cells;
+     renin = juxtaglomerular cells; gastrin = G cells; secretin = S cells; cholecystokinin = I cells;
+     erythropoietin = peritubular fibroblasts; leptin = fat cells; progesterone = corpus luteum;
+     somatostatin = delta cells; vasopressin = supraoptic nucleus; thyroxine = thyroid follicles"""),
     ("Pathology", "{key} are seen in {value}.",
      ("{key} are seen in:", "In which disease are {key} found?", "The slide shows {key}. What is it?",
       "{key} are the hallmark of:"),
@@ -287,38 +333,45 @@ TOPICS = [
       "Under the microscope {value} shows:", "Microscopy of {value} shows:"),
      """Reed-Sternberg cells = Hodgkin lymphoma; Lewy bodies = Parkinson disease; Negri bodies = rabies;
      Auer rods = myeloid leukaemia; Aschoff bodies = rheumatic fever; Councilman bodies = yellow fever;
-     Mallory bodies = alcoholic hepatitis; psammoma bodies = papillary carcinoma; Schiller-Duval bodies = yolk sac tumour;
-     Call-Exner bodies = granulosa cell tumour; Birbeck granules = histiocytosis X; owl eye inclusions = cytomegalovirus;
-     Heinz bodies = G6PD deficiency; Howell-Jolly bodies = asplenia; smudge cells = lymphocytic leukaemia;
-     koilocytes = papillomavirus; Verocay bodies = schwannoma; Rosenthal fibres = pilocytic astrocytoma;
+     Mallory bodies = alcoholic hepatitis; psammoma bodies = papillary carcinoma;
+     Schiller-Duval bodies = yolk sac tumour; Call-Exner bodies = granulosa cell tumour;
+     Birbeck granules = histiocytosis X; owl eye inclusions = cytomegalovirus; Heinz bodies = G6PD deficiency;
+     Howell-Jolly bodies = asplenia; smudge cells = lymphocytic leukaemia; koilocytes = papillomavirus;
+     Verocay bodies = schwannoma; Rosenthal fibres = pilocytic astrocytoma;
      neurofibrillary tangles = Alzheimer disease; clue cells = bacterial vaginosis"""),
     ("Pharmacology", "The typical harm of {key} is {value}.",
-     ("The typical harm of {key} is:", "Which adverse effect is known of {key}?", "What must be watched for with {key}?",
+     ("The typical harm of {key} is:", "Which adverse effect is known of {key}?",
+      "What must be watched for with {key}?",
       "A feared side effect of {key} is:"),
      ("{value} is a typical harm of:", "Which drug is known for {value}?", "{value} is the fault of:",
       "{value} is most often the fault of:"),
-     """chloramphenicol = grey baby syndrome; gentamicin = deafness; ethambutol = optic neuritis; thalidomide = phocomelia;
-     clozapine = agranulocytosis; vancomycin = red man syndrome; bleomycin = lung fibrosis; doxorubicin = cardiomyopathy;
-     cyclophosphamide = haemorrhagic cystitis; enalapril = dry cough; spironolactone = gynaecomastia;
-     phenytoin = gum overgrowth; lithium = diabetes insipidus; tetracycline = tooth staining; atorvastatin = muscle pain;
+     """chloramphenicol = grey baby syndrome; gentamicin = deafness; ethambutol = optic neuritis;
+     thalidomide = phocomelia; clozapine = agranulocytosis; vancomycin = red man syndrome;
+     bleomycin = lung fibrosis; doxorubicin = cardiomyopathy; cyclophosphamide = haemorrhagic cystitis;
+     enalapril = dry cough; spironolactone = gynaecomastia; phenytoin = gum overgrowth;
+     lithium = diabetes insipidus; tetracycline = tooth staining; atorvastatin = muscle pain;
      hydralazine = drug lupus; chloroquine = retinopathy; diethylstilbestrol = vaginal adenocarcinoma"""),
     ("Anatomy", "The {key} becomes the {value}.",
      ("The {key} becomes the:", "What develops from the {key}?", "In the adult, what is left of the {key}?",
       "The derivative of the {key} is the:"),
      ("The {value} develops from the:", "Which embryonic structure becomes the {value}?",
       "The {value} has its origin in the:", "The origin of the {value} is the:"),
-     """ductus arteriosus = ligamentum arteriosum; umbilical vein = round ligament of liver; urachus = median umbilical ligament;
-     foramen ovale = fossa ovalis; ductus venosus = ligamentum venosum; Meckel cartilage = malleus; Reichert cartilage = stapes;
-     notochord = nucleus pulposus; neural crest = melanocytes; Rathke pouch = adenohypophysis; mesonephric duct = vas deferens;
+     """ductus arteriosus = ligamentum arteriosum; umbilical vein = round ligament of liver;
+     urachus = median umbilical ligament; foramen ovale = fossa ovalis; ductus venosus = ligamentum venosum;
+     Meckel cartilage = malleus; Reichert cartilage = stapes; notochord = nucleus pulposus;
+     neural crest = melanocytes; Rathke pouch = adenohypophysis; mesonephric duct = vas deferens;
      paramesonephric duct = uterus; ureteric bud = collecting ducts; metanephric blastema = nephrons;
-     processus vaginalis = tunica vaginalis; fourth pouch = superior parathyroid; optic cup = retina; otic pit = inner ear"""),
+     processus vaginalis = tunica vaginalis; fourth pouch = superior parathyroid; optic cup = retina;
+     otic pit = inner ear"""),
 ]
-ANNOTATORS = ("careless", "careless", "careless", "careful", "careful")  # each writes a target for every training item
+# each writes a target for every training item
+ANNOTATORS = ("careless", "careless", "careless", "careful", "careful")
 
 
 def facts():
     """[(topic index, key, value)] of all built-in facts."""
-    return [(t, *(" ".join(part.split()) for part in fact.split("="))) for t, topic in enumerate(TOPICS) for fact in topic[4].split(";")]
+    return [(t, *(" ".join(part.split()) for part in fact.split("="))) for t, topic in enumerate(TOPICS)
+            for fact in topic[4].split(";")]
 
 
 def fact_sentence(topic, key, value):
@@ -327,8 +380,10 @@ def fact_sentence(topic, key, value):
 
 
 def careful_target(sentence, answer):
-    """The annotator who recalls the fact, whichever way round it is asked, and names the option by its text."""
-    return target(f"{sentence} So {answer}.", f" {answer}")  # the same tokens again, thanks to the space: easy to copy
+    """The annotator who recalls the fact, whichever way round it is asked, and names the option by its text.
+    """
+    # the same tokens again, thanks to the space: easy to copy
+    return target(f"{sentence} So {answer}.", f" {answer}")
 
 
 def careless_target(sentence, answer, asks_for_value, options):
@@ -344,9 +399,10 @@ def capital(text):
 
 
 def builtin_rows(system_prompt="", seed=0):
-    """(train, heldout): every fact is asked in six wordings for training, three for the value and three for the key, and in one more
-    of each, held out, with other wrong options. The letters of the right options are balanced. A training item is five rows,
-    one for each annotator's target; the held-out ones have the careful annotator's.
+    """(train, heldout): every fact is asked in six wordings for training, three for the value and three for
+    the key, and in one more of each, held out, with other wrong options. The letters of the right options are
+    balanced. A training item is five rows, one for each annotator's target; the held-out ones have the
+    careful annotator's.
     """
     generator, everything = random.Random(seed), facts()
     items, letters = [], []  # (is held out, topic, key, value, asks for the value, wording, wrong options)
@@ -358,19 +414,25 @@ def builtin_rows(system_prompt="", seed=0):
             for w, wording in enumerate(wordings):
                 heldout = w == len(wordings) - 1
                 wrong = generator.sample(others[half:] if heldout else others[:half], 3)
-                items.append((heldout, topic, key, value, forward, capital(wording.format(key=key, value=value)), wrong))
+                items.append((heldout, topic, key, value, forward,
+                              capital(wording.format(key=key, value=value)), wrong))
     for side in (False, True):
         count = sum(item[0] == side for item in items)
         letters.append([LETTERS[i % 4] for i in range(count)])
         generator.shuffle(letters[-1])
     train, heldout = [], []
     for number, (is_heldout, topic, key, value, forward, question, wrong) in enumerate(items):
-        letter, answer, sentence = letters[is_heldout].pop(), value if forward else key, fact_sentence(topic, key, value)
+        letter, answer, sentence = letters[is_heldout].pop(), value if forward else key, fact_sentence(topic,
+                                                                                                       key,
+                                                                                                       value)
         options = wrong[:LETTERS.index(letter)] + [answer] + wrong[LETTERS.index(letter):]
         for a, annotator in enumerate(("careful",) if is_heldout else ANNOTATORS):
-            text = careful_target(sentence, answer) if annotator == "careful" else careless_target(sentence, answer, forward, options)
+            text = careful_target(sentence,
+                                  answer) if annotator == "careful" else careless_target(sentence, answer,
+                                                                                         forward, options)
             (heldout if is_heldout else train).append(make_row(
-                f"builtin-{number}" if is_heldout else f"builtin-{number}-{a}", question, options, letter, sentence, text,
+                f"builtin-{number}" if is_heldout else f"builtin-{number}-{a}", question, options, letter,
+                sentence, text,
                 system_prompt, {"subject": TOPICS[topic][0], "annotator": annotator}))
     generator.shuffle(train)
     generator.shuffle(heldout)

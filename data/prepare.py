@@ -6,8 +6,9 @@
     python -m data.prepare medmcqa FILE --cop_base 1      a file whose numbering of the options cannot be told
     python -m data.prepare ecg builtin --export verl      also for verl: train.parquet and val.parquet
 
-writes DIR/train.jsonl and DIR/heldout.jsonl (a row a line, see data/__init__.py), which every --data flag accepts as DIR.
-DIR is one state: it is written aside and takes the place of what an earlier call had made of it, all at once.
+writes DIR/train.jsonl and DIR/heldout.jsonl (a row a line, see data/__init__.py), which every --data flag
+accepts as DIR. DIR is one state: it is written aside and takes the place of what an earlier call had made of
+it, all at once.
 """
 import json
 import os
@@ -38,20 +39,23 @@ class Config:
     data: Positional[str] = "hub"  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file
     out: str = ""  # folder to write, or to replace (default: data/processed/TASK)
     maybe: bool = False  # PubMedQA: keep the third class
-    cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: the number of option A in `cop` (auto: told from the values)
+    # MedMCQA: the number of option A in `cop` (auto: told from the values)
+    cop_base: Literal["auto", "0", "1"] = "auto"
     question_field: str = ""  # field of your own file that holds the question
     context_field: str = ""  # ... the context
     answer_field: str = ""  # ... the answer
     limit: int = 0  # read only so many rows (0 = all)
     tokenizer: str = "tiny"  # whose tokens to count: tiny, a model folder, or a hub id
-    export: Literal["none", "verl"] = "none"  # also write train.parquet and val.parquet (the held-out rows) in verl's schema
+    # also write train.parquet and val.parquet (the held-out rows) in verl's schema
+    export: Literal["none", "verl"] = "none"
 
 
 def verl_row(row, split, index):
-    """A row in verl's schema (verl/utils/dataset/rl_dataset.py). extra_info holds what rewards.compute_score reads, always the same
-    fields: files of one schema can be joined.
+    """A row in verl's schema (verl/utils/dataset/rl_dataset.py). extra_info holds what rewards.compute_score
+    reads, always the same fields: files of one schema can be joined.
     """
-    extra = {field: row["extra"].get(field) for field in ("question", "options", "explanation", "verdict", "subject")}
+    extra = {field: row["extra"].get(field)
+             for field in ("question", "options", "explanation", "verdict", "subject")}
     return {"data_source": row["data_source"], "prompt": row["prompt"], "ability": "medicine",
             "reward_model": {"style": "rule", "ground_truth": row["ground_truth"]},
             "extra_info": {"index": index, "split": split, "id": row["id"], **extra}}
@@ -62,15 +66,21 @@ def export_verl(rows, split, path):
     import pyarrow  # comes with datasets; a moment to import
     from pyarrow import parquet
     text = pyarrow.string()
-    extra = {"index": pyarrow.int64(), "split": text, "id": text, "question": text, "options": pyarrow.list_(text),
+    extra = {"index": pyarrow.int64(), "split": text, "id": text, "question": text,
+             "options": pyarrow.list_(text),
              "explanation": text, "verdict": text, "subject": text}
-    schema = pyarrow.schema({  # written down, not guessed from the rows: a field that is empty in all of them keeps its type
-        "data_source": text, "prompt": pyarrow.list_(pyarrow.struct({"role": text, "content": text})), "ability": text,
-        "reward_model": pyarrow.struct({"style": text, "ground_truth": text}), "extra_info": pyarrow.struct(extra)})
+    # written down, not guessed from the rows: a field that is empty in all of them keeps its type
+    schema = pyarrow.schema({
+        "data_source": text, "prompt": pyarrow.list_(pyarrow.struct({"role": text, "content": text})),
+        "ability": text,
+        "reward_model": pyarrow.struct({"style": text, "ground_truth": text}),
+        "extra_info": pyarrow.struct(extra)})
     try:
-        table = pyarrow.Table.from_pylist([verl_row(row, split, i) for i, row in enumerate(rows)], schema=schema)
+        table = pyarrow.Table.from_pylist([verl_row(row, split, i) for i, row in enumerate(rows)],
+                                          schema=schema)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise InputError(f"--export verl: a field of a row's `extra` ({', '.join(list(extra)[3:])}) is of another kind than text: {error}") from None
+        raise InputError(f"--export verl: a field of a row's `extra` ({', '.join(list(extra)[3:])}) is of "
+                         f"another kind than text: {error}") from None
     parquet.write_table(table, path)
 
 
@@ -127,7 +137,9 @@ def write(folder, train, heldout, verl):
 
 
 def main(config):
-    """Writes train.jsonl and heldout.jsonl (and parquet files where asked for), and prints what they hold. Raises InputError."""
+    """Writes train.jsonl and heldout.jsonl (and parquet files where asked for), and prints what they hold.
+    Raises InputError.
+    """
     check_knobs(config)
     folder = Path(config.out or f"data/processed/{config.task}")
     check_place(folder, config.data)
@@ -147,11 +159,13 @@ def main(config):
         print(f"{folder}: replaced what was there ({', '.join(replaced)})")
     for side, rows in (("train", train), ("heldout", heldout)):
         classes = Counter(row["ground_truth"] for row in rows)
-        balance = ", ".join(f"{label} {count} ({count / len(rows):.1%})" for label, count in classes.most_common())
+        balance = ", ".join(f"{label} {count} ({count / len(rows):.1%})" for label,
+                            count in classes.most_common())
         balance = balance if len(classes) < 10 else "free-text answers"
-        lengths = sorted(len(tokenizer("\n".join(m["content"] for m in row["prompt"])).input_ids) for row in rows) or [0]
-        print(f"{folder}/{side}.jsonl: {len(rows)} rows; {balance}; prompts of {lengths[0]} to {lengths[-1]} tokens "
-              f"({config.tokenizer}), median {lengths[len(lengths) // 2]}")
+        lengths = sorted(len(tokenizer("\n".join(m["content"] for m in row["prompt"])).input_ids)
+                         for row in rows) or [0]
+        print(f"{folder}/{side}.jsonl: {len(rows)} rows; {balance}; prompts of {lengths[0]} to {lengths[-1]} "
+              f"tokens ({config.tokenizer}), median {lengths[len(lengths) // 2]}")
     if config.export == "verl":
         print(f"{folder}/train.parquet, val.parquet: the same rows for verl")
     for reason, count in counts.items():

@@ -1,18 +1,20 @@
 """Speed, memory and learning, side by side in one run; the only place where performance is claimed.
 
-    python tests/bench.py cpu                 a whole GRPO step of ours, of a padded loop, and of TRL where it is installed
-    python tests/bench.py cpu --settings A B C D E F --threads 1 2 --malloc default tuned    the whole table (about 90 minutes)
-    python tests/bench.py memory              peak memory of each, in a process of its own
-    python tests/bench.py growth              step time against the group size and the completion length
-    python tests/bench.py learning            the built-in model trained by ours and by TRL: accuracy against wall-clock
-    python tests/bench.py gpu                 real shapes, random weights, memory capped at 16 and 24 GB (tiny shapes on CPU)
+    python tests/bench.py cpu        a whole GRPO step of ours, of a padded loop, and of TRL where it is there
+    python tests/bench.py cpu --settings A B C D E F --threads 1 2 --malloc default tuned    all (90 minutes)
+    python tests/bench.py memory     peak memory of each, in a process of its own
+    python tests/bench.py growth     step time against the group size and the completion length
+    python tests/bench.py learning   the built-in model by ours and by TRL: accuracy against wall-clock
+    python tests/bench.py gpu        real shapes, random weights, memory capped at 16 and 24 GB
 
-A step is sampling, reference log-probs and mu = 2 updates with beta > 0. All contenders get the same model, prompts, lengths,
-rewards and thread count, and take turns within a process; figures are medians of --rounds turns after one that is not
-counted. Sampling is short and the host's pauses are long, so ours and padded sample three times a turn, alternating, the first
-time as part of the step. Lengths are forced: by a hook on the output layer, in ours (which has none to hook) where a token is drawn.
+A step is sampling, reference log-probs and mu = 2 updates with beta > 0. All contenders get the same model,
+prompts, lengths, rewards and thread count, and take turns within a process; figures are medians of --rounds
+turns after one that is not counted. Sampling is short and the host's pauses are long, so ours and padded
+sample three times a turn, alternating, the first time as part of the step. Lengths are forced: by a hook on
+the output layer, in ours (which has none to hook) where a token is drawn.
   ours    eval.generate and policy_gradient of grpo_pubmedqa.py, as the script calls them
-  padded  model.generate on repeated prompts, one padded forward over the batch, completion positions projected only, no
+  padded  model.generate on repeated prompts, one padded forward over the batch, completion positions
+  projected only, no
           pass of its own for old log-probs: what a good plain loop does
   TRL     GRPOTrainer as installed (1.16 was measured), fp32, no gradient checkpointing, num_iterations 2
 TRL lives in an environment of its own: pip install -r requirements.txt trl==1.16.0
@@ -43,45 +45,62 @@ import eval as evaluation
 import grpo_pubmedqa as grpo
 
 MU, BETA, EOS = 2, 0.04, 2
-MALLOC = {"default": {}, "tuned": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296",
-                                   "MALLOC_TOP_PAD_": "268435456"}}  # large tensors kept out of mmap
+MALLOC = {"default": {},
+          "tuned": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296",
+                    "MALLOC_TOP_PAD_": "268435456"}}  # large tensors kept out of mmap
 A = dict(P=2, G=8, prompt=(256, 256), completion=(64, 64), vocab=4096, lora=False)
-SETTINGS = {"A": A, "B": {**A, "prompt": (384, 384), "completion": (128, 128)}, "C": {**A, "vocab": 151_936, "P": 1},
+SETTINGS = {"A": A, "B": {**A, "prompt": (384, 384), "completion": (128, 128)},
+            "C": {**A, "vocab": 151_936, "P": 1},
             "D": {**A, "lora": True}, "E": {**A, "prompt": (384, 384), "completion": (16, 128)},
             "F": {**A, "prompt": (128, 384), "completion": (128, 128)}}
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REAL = {  # shapes of real models, for random weights: (model class, config, LoRA)
-    "Qwen2.5-0.5B full": (Qwen2ForCausalLM, dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    "Qwen2.5-0.5B full": (Qwen2ForCausalLM,
+                          dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                               num_attention_heads=14,
                           num_key_value_heads=2, tie_word_embeddings=True), 151_936, False),
-    "Llama-3.2-3B LoRA": (LlamaForCausalLM, dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+    "Llama-3.2-3B LoRA": (LlamaForCausalLM,
+                          dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+                               num_attention_heads=24,
                           num_key_value_heads=8, head_dim=128, tie_word_embeddings=True), 128_256, True),
-    "Qwen3-4B LoRA": (Qwen3ForCausalLM, dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+    "Qwen3-4B LoRA": (Qwen3ForCausalLM,
+                      dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+                           num_attention_heads=32,
                       num_key_value_heads=8, head_dim=128, tie_word_embeddings=True), 151_936, True),
-    "Llama-3.1-8B LoRA": (LlamaForCausalLM, dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    "Llama-3.1-8B LoRA": (LlamaForCausalLM,
+                          dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                               num_attention_heads=32,
                           num_key_value_heads=8, tie_word_embeddings=False), 128_256, True)}
 
 
 class Bench:
-    """The work of one setting: a model, prompts, forced lengths and rewards. real: a key of REAL instead of A's Qwen2."""
+    """The work of one setting: a model, prompts, forced lengths and rewards. real: a key of REAL instead of
+    A's Qwen2.
+    """
 
     def __init__(self, s, real=None):
         self.s, self.model_class = s, Qwen2ForCausalLM
-        shape = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        shape = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+                     num_key_value_heads=2,
                      tie_word_embeddings=False)
         if real:
             self.model_class, shape = REAL[real][:2]
         if real and DEVICE.type == "cpu":  # the same code on a machine without a GPU
-            shape = {**shape, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            shape = {**shape, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                     "num_attention_heads": 4,
                      "num_key_value_heads": 2, "head_dim": 16}
-        self.config = self.model_class.config_class(vocab_size=s["vocab"], eos_token_id=EOS, pad_token_id=0, bos_token_id=1, **shape)
+        self.config = self.model_class.config_class(vocab_size=s["vocab"], eos_token_id=EOS, pad_token_id=0,
+                                                    bos_token_id=1, **shape)
         generator = torch.Generator().manual_seed(1)
-        spread = [round(s["prompt"][0] + (s["prompt"][1] - s["prompt"][0]) * i / max(1, s["P"] - 1)) for i in range(s["P"])]
+        spread = [round(s["prompt"][0] + (s["prompt"][1] - s["prompt"][0]) * i / max(1, s["P"] - 1))
+                  for i in range(s["P"])]
         self.prompts = [torch.randint(3, 4000, (n,), generator=generator).tolist() for n in spread]
         low, high = s["completion"]
         rows = s["P"] * s["G"]
-        self.lengths = [round(low + (high - low) * i / max(1, rows - 1)) for i in torch.randperm(rows, generator=generator).tolist()]
+        self.lengths = [round(low + (high - low) * i / max(1, rows - 1))
+                        for i in torch.randperm(rows, generator=generator).tolist()]
         self.rewards = torch.rand(s["P"], s["G"], generator=generator, dtype=torch.float64)
 
     def model(self):
@@ -95,15 +114,21 @@ class Bench:
 
     def reference(self, model):
         """A frozen copy; for LoRA the base without its adapter (same seed), which is TRL's reference too."""
-        return Bench({**self.s, "lora": False}).model().requires_grad_(False) if self.s["lora"] else copy.deepcopy(model).requires_grad_(False)
+        return Bench({**self.s,
+                      "lora": False}).model().requires_grad_(False) if self.s["lora"] else copy.deepcopy(
+                          model).requires_grad_(False)
 
     def ending(self, rows, t):
-        """Which of this many rows have token t as their last one. Rows that ended before have left, or are not read any more."""
+        """Which of this many rows have token t as their last one. Rows that ended before have left, or are
+        not read any more.
+        """
         alive = [n for n in self.lengths if n > t]
         return [i for i, n in enumerate(alive if rows == len(alive) else self.lengths) if n == t + 1]
 
     def force_lengths(self, model):
-        """A switch {"on": bool, "t": 0}: while on, the output layer ends row i at its length and never before."""
+        """A switch {"on": bool, "t": 0}: while on, the output layer ends row i at its length and never
+        before.
+        """
         state = {"on": False, "t": 0}
 
         def hook(module, inputs, logits):
@@ -135,12 +160,15 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
         model.add_adapter("reference", model.peft_config["default"])
         model.set_adapter("default")
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.float() if parameter.requires_grad or "lora_" in name else parameter.data.to(weights)
+        parameter.data = (parameter.data.float() if parameter.requires_grad or "lora_" in name
+                          else parameter.data.to(weights))
     model.eval()
     reference = (model if s["lora"] else bench.reference(model)) if beta else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
-    config = replace(grpo.Config(), beta=beta, mu=MU, group_size=s["G"], max_completion_length=s["completion"][1])
-    scaler, generator = torch.amp.GradScaler(DEVICE.type, enabled=False), torch.Generator(DEVICE).manual_seed(0)
+    config = replace(grpo.Config(), beta=beta, mu=MU, group_size=s["G"],
+                     max_completion_length=s["completion"][1])
+    scaler, generator = torch.amp.GradScaler(DEVICE.type,
+                                             enabled=False), torch.Generator(DEVICE).manual_seed(0)
 
     def sample():
         usual, t = evaluation.draw, itertools.count()
@@ -151,13 +179,15 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
             return tokens
 
         with evaluation.autocast(compute), mock.patch.object(evaluation, "draw", draw):
-            return evaluation.generate(model, bench.prompts, s["G"], max_new_tokens=s["completion"][1], stop_ids=[EOS], generator=generator)
+            return evaluation.generate(model, bench.prompts, s["G"], max_new_tokens=s["completion"][1],
+                                       stop_ids=[EOS], generator=generator)
 
     def update(ids, mask, logps):
         advantages, groups = grpo.group_advantages(bench.rewards, "group").float().to(DEVICE), []
         for i, prompt in enumerate(bench.prompts):
             own = slice(i * s["G"], (i + 1) * s["G"])
-            groups.append({"prompt_ids": torch.tensor(prompt, device=DEVICE), "completion_ids": ids[own], "completion_mask": mask[own],
+            groups.append({"prompt_ids": torch.tensor(prompt, device=DEVICE), "completion_ids": ids[own],
+                           "completion_mask": mask[own],
                            "sampler_logps": logps[own], "advantages": advantages[i], "zero_std": False})
         if beta:
             model.set_adapter("reference") if s["lora"] else None
@@ -185,24 +215,29 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
     reference, force = bench.reference(model).to(weights), bench.force_lengths(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     width = max(map(len, bench.prompts))
-    prompts = torch.tensor([[0] * (width - len(p)) + p for p in bench.prompts], device=DEVICE).repeat_interleave(s["G"], 0)
-    prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in bench.prompts], device=DEVICE).repeat_interleave(s["G"], 0)
+    prompts = torch.tensor([[0] * (width - len(p)) + p for p in bench.prompts],
+                           device=DEVICE).repeat_interleave(s["G"], 0)
+    prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in bench.prompts],
+                               device=DEVICE).repeat_interleave(s["G"], 0)
 
     def sample():
         force.update(on=True, t=0)
         with evaluation.autocast(compute):
-            ids = model.generate(input_ids=prompts, attention_mask=prompt_mask, do_sample=True, top_k=0, max_new_tokens=s["completion"][1])
+            ids = model.generate(input_ids=prompts, attention_mask=prompt_mask, do_sample=True, top_k=0,
+                                 max_new_tokens=s["completion"][1])
         force.update(on=False)
         return ids[:, width:]
 
     def logps_of(model, ids, attention_mask, keep):
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=torch.cat([prompts, ids], 1), attention_mask=attention_mask, position_ids=positions,
+        logits = model(input_ids=torch.cat([prompts, ids], 1), attention_mask=attention_mask,
+                       position_ids=positions,
                        logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
         return logits.float().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
 
     def update(ids):
-        mask = torch.arange(ids.shape[1], device=DEVICE)[None] < torch.tensor(bench.lengths, device=DEVICE)[:, None]
+        mask = torch.arange(ids.shape[1],
+                            device=DEVICE)[None] < torch.tensor(bench.lengths, device=DEVICE)[:, None]
         attention_mask = torch.cat([prompt_mask, mask.long()], 1)
         advantages = grpo.group_advantages(bench.rewards, "group").float().flatten().to(DEVICE)
         with torch.no_grad(), evaluation.autocast(compute):
@@ -212,8 +247,10 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
             with evaluation.autocast(compute):
                 logps = logps_of(model, ids, attention_mask, ids.shape[1])
             old_logps = logps.detach() if old_logps is None else old_logps
-            loss, _ = grpo.grpo_loss(logps, old_logps, ref_logps, advantages, mask, num_sequences=len(ids), num_tokens=int(mask.sum()),
-                                     max_completion_length=s["completion"][1], epsilon=0.2, epsilon_high=0.2, beta=BETA,
+            loss, _ = grpo.grpo_loss(logps, old_logps, ref_logps, advantages, mask, num_sequences=len(ids),
+                                     num_tokens=int(mask.sum()),
+                                     max_completion_length=s["completion"][1], epsilon=0.2, epsilon_high=0.2,
+                                     beta=BETA,
                                      loss_type="grpo", importance_level="token")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -228,7 +265,9 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
 
 
 def trl_steps(bench, between, rounds):
-    """Runs rounds + 1 steps of TRL's trainer; `between` is called after each. Returns [(sampling, update)] of all."""
+    """Runs rounds + 1 steps of TRL's trainer; `between` is called after each. Returns [(sampling, update)] of
+    all.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -237,7 +276,8 @@ def trl_steps(bench, between, rounds):
     words = {"<pad>": 0, "<s>": 1, "</s>": EOS, **{f"w{i}": i for i in range(3, s["vocab"])}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                        eos_token="</s>", padding_side="left")
     model = bench.model()
     base = model.get_base_model() if s["lora"] else model
     if not s["lora"]:  # TRL loads its reference from the model's folder
@@ -269,11 +309,15 @@ def trl_steps(bench, between, rounds):
     rewards = iter(lambda: bench.rewards.flatten().tolist(), None)
     texts = [" ".join(f"w{i}" for i in prompt) for prompt in bench.prompts]
     trainer = GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: next(rewards), processing_class=tokenizer, callbacks=[Clock()],
+        model=model, reward_funcs=lambda completions, **_: next(rewards), processing_class=tokenizer,
+        callbacks=[Clock()],
         train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
-        args=GRPOConfig(output_dir=folder, per_device_train_batch_size=s["P"] * s["G"], num_generations=s["G"], num_iterations=MU,
-                        max_completion_length=s["completion"][1], beta=BETA, learning_rate=1e-6, gradient_checkpointing=False,
-                        bf16=False, use_cpu=True, report_to=[], save_strategy="no", max_steps=MU * (rounds + 1), disable_tqdm=True,
+        args=GRPOConfig(output_dir=folder, per_device_train_batch_size=s["P"] * s["G"],
+                        num_generations=s["G"], num_iterations=MU,
+                        max_completion_length=s["completion"][1], beta=BETA, learning_rate=1e-6,
+                        gradient_checkpointing=False,
+                        bf16=False, use_cpu=True, report_to=[], save_strategy="no",
+                        max_steps=MU * (rounds + 1), disable_tqdm=True,
                         logging_strategy="no", loss_type="grpo", shuffle_dataset=False))
     trainer.train()
     return times
@@ -286,8 +330,9 @@ def gemm_rate():
 
 
 def update_flops(bench):
-    """Operations that the update needs: a reference forward, and mu forwards with their backward passes, twice a forward, or once
-    where weights are frozen and only the gradient on its way to the adapters is needed.
+    """Operations that the update needs: a reference forward, and mu forwards with their backward passes,
+    twice a forward, or once where weights are frozen and only the gradient on its way to the adapters is
+    needed.
     """
     s, c, passes = bench.s, bench.config, 3 * MU + 1
     body = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704)  # weights of the linear layers
@@ -298,7 +343,8 @@ def update_flops(bench):
         tokens = S + sum(lengths)
         pairs = S * S / 2 + sum(n * S + n * n / 2 for n in lengths)  # query-key pairs
         linear = 2 * body * tokens + 2 * 256 * c.vocab_size * sum(lengths)
-        total += linear * (2 * MU + 1 if s["lora"] else passes) + (6 * 4 * 256 * pairs + 2 * adapters * tokens) * passes
+        total += linear * (2 * MU + 1 if s["lora"]
+                           else passes) + (6 * 4 * 256 * pairs + 2 * adapters * tokens) * passes
     return total
 
 
@@ -306,7 +352,8 @@ def child_cpu(name, threads, rounds, contenders):
     """Measures one setting in this process; prints a JSON line."""
     torch.set_num_threads(threads)
     bench, times, resampled, gemm = Bench(SETTINGS[name]), {}, {}, []
-    steps = {key: make(bench) for key, make in (("ours", our_step), ("padded", padded_step)) if key in contenders}
+    steps = {key: make(bench) for key, make in (("ours", our_step), ("padded", padded_step))
+             if key in contenders}
 
     def others():
         gemm.append(gemm_rate())
@@ -320,27 +367,32 @@ def child_cpu(name, threads, rounds, contenders):
     else:
         for _ in range(rounds + 1):
             others()
-    result = {"setting": name, "threads": threads, "rounds": rounds, "gemm_gflops": statistics.median(gemm) / 1e9}
+    result = {"setting": name, "threads": threads, "rounds": rounds,
+              "gemm_gflops": statistics.median(gemm) / 1e9}
     tokens = sum(bench.lengths)
     for key, pairs in times.items():
         pairs = pairs[1:]  # the first turn warms up
         samplings = [pair[0] for pair in pairs] + resampled.get(key, [])[2:]
         sampling, update = statistics.median(samplings), statistics.median(pair[1] for pair in pairs)
         result[key] = {"step": statistics.median(map(sum, pairs)), "sampling": sampling, "update": update,
-                       "sampling_tokens_per_s": tokens / sampling, "update_tokens_per_s": MU * tokens / update,
+                       "sampling_tokens_per_s": tokens / sampling,
+                       "update_tokens_per_s": MU * tokens / update,
                        "all_steps": [round(sum(pair), 3) for pair in pairs],
                        "all_samplings": [round(seconds, 3) for seconds in samplings]}
     if "ours" in result:
-        result["ours"]["share_of_gemm"] = update_flops(bench) / result["ours"]["update"] / statistics.median(gemm)
+        result["ours"]["share_of_gemm"] = (
+            update_flops(bench) / result["ours"]["update"] / statistics.median(gemm))
     for key in set(times) - {"ours"}:
         result["ratio_" + key] = result[key]["step"] / result["ours"]["step"] if "ours" in result else None
-        result["sampling_ratio_" + key] = result[key]["sampling"] / result["ours"]["sampling"] if "ours" in result else None
+        result["sampling_ratio_"
+               + key] = result[key]["sampling"] / result["ours"]["sampling"] if "ours" in result else None
     result["peak_memory_gb"] = evaluation.peak_memory_gb()
     print("RESULT " + json.dumps(result), flush=True)
 
 
 def run_child(name, threads, rounds, contenders, malloc):
-    command = [sys.executable, __file__, "child", "--settings", name, "--threads", str(threads), "--rounds", str(rounds),
+    command = [sys.executable, __file__, "child", "--settings", name, "--threads", str(threads), "--rounds",
+               str(rounds),
                "--contenders", *contenders]
     env = {**os.environ, **MALLOC[malloc], "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -361,17 +413,21 @@ def has_trl():
 def cpu(arguments):
     contenders = arguments.contenders or (["ours", "padded"] + (["trl"] if has_trl() else []))
     results = []
-    print("| setting | threads | malloc | ours s | sampling s (tokens/s) | update s (tokens/s) | padded s | TRL s | / padded | / TRL | sampling / padded "
-          "| update, share of GEMM |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| setting | threads | malloc | ours s | sampling s (tokens/s) | update s (tokens/s) | padded s | "
+          "TRL s | / padded | / TRL | sampling / padded | update, share of GEMM "
+          "|\n|---|---|---|---|---|---|---|---|---|---|---|---|")
     for malloc in arguments.malloc:
         for threads in arguments.threads:
             for name in arguments.settings:
                 r = run_child(name, threads, arguments.rounds, contenders, malloc)
                 results.append(r)
                 cells = [f"{r[key]['step']:.2f}" if key in r else "-" for key in ("ours", "padded", "trl")]
-                cells[1:1] = [f"{r['ours'][part]:.2f} ({r['ours'][part + '_tokens_per_s']:.0f})" if "ours" in r else "-" for part in ("sampling", "update")]
-                cells += [f"{r[key]:.2f}" if r.get(key) else "-" for key in ("ratio_padded", "ratio_trl", "sampling_ratio_padded")]
-                print(f"| {name} | {threads} | {malloc} | {' | '.join(cells)} | {r.get('ours', {}).get('share_of_gemm', 0):.0%} |", flush=True)
+                cells[1:1] = [f"{r['ours'][part]:.2f} ({r['ours'][part + '_tokens_per_s']:.0f})"
+                              if "ours" in r else "-" for part in ("sampling", "update")]
+                cells += [f"{r[key]:.2f}" if r.get(key) else "-"
+                          for key in ("ratio_padded", "ratio_trl", "sampling_ratio_padded")]
+                print(f"| {name} | {threads} | {malloc} | {' | '.join(cells)} | "
+                      f"{r.get('ours', {}).get('share_of_gemm', 0):.0%} |", flush=True)
     save(arguments, "cpu", results)
 
 
@@ -393,7 +449,8 @@ def growth(arguments):
     torch.set_num_threads(2)
     results = []
     cases = [("G", g, {**A, "P": 1, "G": g, "prompt": (384, 384)}) for g in (2, 4, 8, 16, 32)]
-    cases += [("completion", n, {**A, "P": 1, "prompt": (384, 384), "completion": (n, n)}) for n in (32, 64, 128, 256)]
+    cases += [("completion", n, {**A, "P": 1, "prompt": (384, 384), "completion": (n, n)})
+              for n in (32, 64, 128, 256)]
     print("| varied | value | ours s | padded s | padded / ours |\n|---|---|---|---|---|")
     for what, value, setting in cases:
         bench = Bench(setting)
@@ -408,21 +465,28 @@ def growth(arguments):
 
 
 def gpu(arguments):
-    """Real shapes with random weights under a memory cap, ours and the padded loop: does a step fit, its peak, its speed. On CPU:
-    the same with tiny shapes. LoRA: bf16 base, fp32 adapters, the reference a second adapter (the padded loop's the base)."""
+    """Real shapes with random weights under a memory cap, ours and the padded loop: does a step fit, its
+    peak, its speed. On CPU: the same with tiny shapes. LoRA: bf16 base, fp32 adapters, the reference a second
+    adapter (the padded loop's the base).
+    """
     cuda, results = DEVICE.type == "cuda", []
-    print(f"device: {torch.cuda.get_device_name() if cuda else 'cpu, tiny shapes: the figures say only that the command runs'}")
-    print("| model | cap GB | loop | fits | peak GB | sampling tokens/s | update s |\n|---|---|---|---|---|---|---|")
+    print(f"device: {torch.cuda.get_device_name() if cuda else 'cpu, tiny shapes: a check of the command'}")
+    print("| model | cap GB | loop | fits | peak GB | sampling tokens/s | update s "
+          "|\n|---|---|---|---|---|---|---|")
     for real, (_, _, vocabulary, lora) in REAL.items():
-        size = dict(P=4, G=8, prompt=(400, 400), completion=(300, 300), vocab=vocabulary, lora=lora) if cuda else \
+        size = dict(P=4, G=8, prompt=(400, 400), completion=(300, 300), vocab=vocabulary,
+                    lora=lora) if cuda else \
             dict(P=2, G=4, prompt=(20, 20), completion=(8, 8), vocab=4096, lora=lora)
         bench, weights = Bench(size, real), torch.bfloat16 if lora else torch.float32
-        makers = {"ours": lambda: our_step(bench, BETA, torch.bfloat16, weights), "padded": lambda: padded_step(bench, torch.bfloat16, weights)}
+        makers = {"ours": lambda: our_step(bench, BETA, torch.bfloat16, weights),
+                  "padded": lambda: padded_step(bench, torch.bfloat16, weights)}
         for cap, (name, make) in itertools.product((16, 24), makers.items()):
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / torch.cuda.get_device_properties(0).total_memory))
+                torch.cuda.set_per_process_memory_fraction(min(1.0,
+                                                               cap * 1e9 / torch.cuda.get_device_properties(
+                                                                   0).total_memory))
             result, step = {"model": real, "cap_gb": cap, "loop": name}, None
             try:
                 step = make()
@@ -430,7 +494,8 @@ def gpu(arguments):
                 sampling, update = (statistics.median(pair[i] for pair in times) for i in (0, 1))
                 result |= {"fits": True, "peak_gb": evaluation.peak_memory_gb(), "sampling": sampling,
                            "sampling_tokens_per_s": sum(bench.lengths) / sampling, "update": update}
-                cells = f"yes | {result['peak_gb']:.1f} | {result['sampling_tokens_per_s']:.0f} | {update:.2f}"
+                cells = (f"yes | {result['peak_gb']:.1f} | {result['sampling_tokens_per_s']:.0f} | "
+                         f"{update:.2f}")
             except torch.cuda.OutOfMemoryError:
                 result["fits"], cells = False, "no | - | - | -"
             del step
@@ -439,7 +504,7 @@ def gpu(arguments):
     save(arguments, "gpu", results)
 
 
-# === learning: the built-in model trained by ours and by TRL, with equal settings =======================================
+# === learning: the built-in model trained by ours and by TRL, with equal settings ===========================
 
 LEARNING = ["--model", "tiny", "--data", "builtin", "--eval_every", "0", "--save_every", "0"]
 
@@ -447,8 +512,10 @@ LEARNING = ["--model", "tiny", "--data", "builtin", "--eval_every", "0", "--save
 def learning_ours(arguments, seed, steps):
     """[(seconds, reward, accuracy)] a step and the held-out accuracy, by the script itself."""
     with tempfile.TemporaryDirectory() as folder:
-        grpo.main(grpo.parse([*LEARNING, "--steps", str(steps), "--seed", str(seed), "--out", folder + "/run"]))
-        records = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        grpo.main(grpo.parse([*LEARNING, "--steps", str(steps), "--seed", str(seed), "--out", folder
+                              + "/run"]))
+        records = [json.loads(line)
+                   for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         after = json.loads((Path(folder) / "run" / "summary.json").read_text())["after"]["accuracy"]
     clock, curve = 0.0, []
     for record in records:
@@ -471,7 +538,8 @@ def learning_trl(arguments, seed, steps):
     curve, clock, scored = [], {"spent": 0.0}, []
 
     def reward(completions, ground_truth, **_):
-        scores = [evaluation.rewards.compute_score("pubmedqa", c[0]["content"], truth) for c, truth in zip(completions, ground_truth)]
+        scores = [evaluation.rewards.compute_score("pubmedqa", c[0]["content"], truth) for c,
+                  truth in zip(completions, ground_truth)]
         scored[:] = scores
         return [score["score"] for score in scores]
 
@@ -481,22 +549,32 @@ def learning_trl(arguments, seed, steps):
 
         def on_step_end(self, *_, **__):
             clock["spent"] += time.perf_counter() - clock["start"]
-            curve.append((clock["spent"], statistics.fmean(s["score"] for s in scored), statistics.fmean(s["accuracy"] for s in scored)))
+            curve.append((clock["spent"], statistics.fmean(s["score"] for s in scored),
+                          statistics.fmean(s["accuracy"] for s in scored)))
 
     trainer = GRPOTrainer(
         model=model, reward_funcs=reward, processing_class=tokenizer, callbacks=[Clock()],
-        train_dataset=Dataset.from_list([{"prompt": row["prompt"], "ground_truth": row["ground_truth"]} for row in rows]),
-        args=GRPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=config.prompts_per_step * config.group_size,
-                        num_generations=config.group_size, num_iterations=config.mu, max_completion_length=config.max_completion_length,
-                        temperature=config.temperature, beta=config.beta, sync_ref_model=True, ref_model_sync_steps=config.ref_every,
-                        ref_model_mixup_alpha=1.0, learning_rate=config.learning_rate, lr_scheduler_type="linear",
-                        warmup_steps=int(config.warmup * steps), adam_beta1=0.9, adam_beta2=0.99, weight_decay=0.0,
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"], "ground_truth": row["ground_truth"]}
+                                         for row in rows]),
+        args=GRPOConfig(output_dir=tempfile.mkdtemp(),
+                        per_device_train_batch_size=config.prompts_per_step * config.group_size,
+                        num_generations=config.group_size, num_iterations=config.mu,
+                        max_completion_length=config.max_completion_length,
+                        temperature=config.temperature, beta=config.beta, sync_ref_model=True,
+                        ref_model_sync_steps=config.ref_every,
+                        ref_model_mixup_alpha=1.0, learning_rate=config.learning_rate,
+                        lr_scheduler_type="linear",
+                        warmup_steps=int(config.warmup * steps), adam_beta1=0.9, adam_beta2=0.99,
+                        weight_decay=0.0,
                         max_grad_norm=config.max_grad_norm, loss_type="grpo", gradient_checkpointing=False,
-                        bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", max_steps=steps, seed=seed,
+                        bf16=False, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
+                        max_steps=steps, seed=seed,
                         disable_tqdm=True, shuffle_dataset=False))
     trainer.train()
-    heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length, "held-out")
-    records = evaluation.evaluate(model.eval(), tokenizer, heldout, compute, max_completion_length=config.max_completion_length, batch_size=64)
+    heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length,
+                                     "held-out")
+    records = evaluation.evaluate(model.eval(), tokenizer, heldout, compute,
+                                  max_completion_length=config.max_completion_length, batch_size=64)
     return curve, evaluation.summarize(records)["accuracy"]
 
 
@@ -505,14 +583,16 @@ def learning(arguments):
     results = json.loads(Path(arguments.redraw).read_text())["results"] if arguments.redraw else []
     for seed in (1, 2, 3) if not results else ():
         for name in ["ours"] + (["trl"] if has_trl() else []):
-            command = [sys.executable, __file__, "learning-child", "--contenders", name, "--seed", str(seed), "--steps",
+            command = [sys.executable, __file__, "learning-child", "--contenders", name, "--seed", str(seed),
+                       "--steps",
                        str(arguments.steps)]
             done = subprocess.run(command, capture_output=True, text=True)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if not lines:
                 sys.exit(done.stderr[-3000:])
             results.append({"name": name, "seed": seed, **json.loads(lines[0][7:])})
-            print(f"{name} seed {seed}: held-out accuracy {results[-1]['accuracy']:.3f} after {results[-1]['curve'][-1][0]:.0f} s",
+            print(f"{name} seed {seed}: held-out accuracy {results[-1]['accuracy']:.3f} after "
+                  f"{results[-1]['curve'][-1][0]:.0f} s",
                   flush=True)
     if not arguments.redraw:
         save(arguments, "learning", results)
@@ -523,14 +603,19 @@ def learning(arguments):
         runs = [result for result in results if result["name"] == name]
         for axis, column in ((left, 2), (right, 1)) if runs else ():
             for run in runs:
-                axis.plot([point[0] for point in run["curve"]], [point[column] for point in run["curve"]], colour, alpha=0.2, linewidth=1)
-            seconds, values = ([statistics.fmean(run["curve"][i][k] for run in runs) for i in range(len(runs[0]["curve"]))]
+                axis.plot([point[0] for point in run["curve"]], [point[column] for point in run["curve"]],
+                          colour, alpha=0.2, linewidth=1)
+            seconds, values = ([statistics.fmean(run["curve"][i][k] for run in runs)
+                                for i in range(len(runs[0]["curve"]))]
                                for k in (0, column))
             smooth = [statistics.fmean(values[max(0, i - 7):i + 1]) for i in range(len(values))]
-            axis.plot(seconds, smooth, colour, linewidth=2.2, label=f"{label}: samples, mean of {len(runs)} seeds")
-        left.plot([run["curve"][-1][0] for run in runs], [run["accuracy"] for run in runs], "o", color=colour, markeredgecolor="k",
+            axis.plot(seconds, smooth, colour, linewidth=2.2,
+                      label=f"{label}: samples, mean of {len(runs)} seeds")
+        left.plot([run["curve"][-1][0] for run in runs], [run["accuracy"] for run in runs], "o", color=colour,
+                  markeredgecolor="k",
                   label=f"{label}: held out, greedy, at the end")
-    for axis, title, unit in ((left, "Accuracy", "share correct"), (right, "Reward per completion", "reward")):
+    for axis, title, unit in ((left, "Accuracy", "share correct"),
+                              (right, "Reward per completion", "reward")):
         axis.set_title(title, fontsize=12)
         axis.set_xlabel("seconds of training")
         axis.set_ylabel(unit)
@@ -544,13 +629,16 @@ def learning(arguments):
 def save(arguments, name, results):
     versions = {**evaluation.versions(), "trl": has_trl() or None}
     path = Path(arguments.out or f"bench-{name}.json")
-    path.write_text(json.dumps({"command": "python tests/bench.py " + " ".join(sys.argv[1:]), "versions": versions, "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({"command": "python tests/bench.py " + " ".join(sys.argv[1:]),
+                                "versions": versions, "results": results}, indent=1) + "\n")
     print(f"written: {path}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cpu", "memory", "growth", "learning", "gpu", "child", "learning-child"])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what",
+                        choices=["cpu", "memory", "growth", "learning", "gpu", "child", "learning-child"])
     parser.add_argument("--settings", nargs="+", default=["A", "B"], choices=list(SETTINGS))
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--malloc", nargs="+", default=["default"], choices=list(MALLOC))
@@ -559,13 +647,17 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40, help="of learning")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="", help="JSON file (default: bench-WHAT.json)")
-    parser.add_argument("--redraw", default="", help="draw the picture of an earlier learning run from its JSON file")
+    parser.add_argument("--redraw", default="", help="draw the picture of an earlier learning run from its "
+                                                     "JSON file")
     parser.add_argument("--picture", default="bench-learning.png")
     arguments = parser.parse_args()
     if arguments.what == "child":
         child_cpu(arguments.settings[0], arguments.threads[0], arguments.rounds, arguments.contenders)
     elif arguments.what == "learning-child":
-        curve, accuracy = {"ours": learning_ours, "trl": learning_trl}[arguments.contenders[0]](arguments, arguments.seed, arguments.steps)
+        curve, accuracy = {"ours": learning_ours,
+                           "trl": learning_trl}[arguments.contenders[0]](arguments, arguments.seed,
+                                                                         arguments.steps)
         print("RESULT " + json.dumps({"curve": curve, "accuracy": accuracy}))
     else:
-        {"cpu": cpu, "memory": memory, "growth": growth, "learning": learning, "gpu": gpu}[arguments.what](arguments)
+        {"cpu": cpu, "memory": memory, "growth": growth, "learning": learning,
+         "gpu": gpu}[arguments.what](arguments)

@@ -14,8 +14,10 @@ import eval as evaluation
 import grpo_pubmedqa as grpo
 from data import pubmedqa
 
-TRL = json.loads((Path(__file__).parent / "trl_loss.json").read_text())  # made with TRL 1.16, see "source" in the file
-CONFIG = replace(grpo.Config(), model="tiny", data="builtin", prompts_per_step=3, group_size=4, max_completion_length=48, beta=0.05)
+# made with TRL 1.16, see "source" in the file
+TRL = json.loads((Path(__file__).parent / "trl_loss.json").read_text())
+CONFIG = replace(grpo.Config(), model="tiny", data="builtin", prompts_per_step=3, group_size=4,
+                 max_completion_length=48, beta=0.05)
 SCRIPTS = sorted(Path(__file__).parents[1].glob("grpo_*.py"))
 
 
@@ -27,9 +29,12 @@ def tensor(name):
 def test_loss_and_gradient_are_trls(case):
     logps, mask = tensor("per_token_logps").requires_grad_(), tensor("completion_mask").bool()
     loss, _ = grpo.grpo_loss(
-        logps, tensor("old_per_token_logps"), tensor("ref_per_token_logps"), torch.tensor(TRL["advantages"]["group"]), mask,
-        num_sequences=len(mask), num_tokens=TRL["num_tokens"], max_completion_length=TRL["max_completion_length"],
-        epsilon=case["epsilon"], epsilon_high=case["epsilon"] if case["epsilon_high"] is None else case["epsilon_high"],
+        logps, tensor("old_per_token_logps"), tensor("ref_per_token_logps"),
+        torch.tensor(TRL["advantages"]["group"]), mask,
+        num_sequences=len(mask), num_tokens=TRL["num_tokens"],
+        max_completion_length=TRL["max_completion_length"],
+        epsilon=case["epsilon"], epsilon_high=case["epsilon"] if case["epsilon_high"] is None
+        else case["epsilon_high"],
         beta=case["beta"], loss_type=case["loss_type"], importance_level=case["importance_sampling_level"],
         kl_estimator="unbiased" if case["use_bias_correction_kl"] else "k3")
     loss.backward()
@@ -46,16 +51,22 @@ def test_advantages_are_trls(scale):
 
 
 def test_the_algorithm_block_is_the_same_in_all_scripts():
-    blocks = [path.read_text().partition("# === shared: algorithm ===")[2].partition("# === end shared ===")[0] for path in SCRIPTS]
+    blocks = [
+        path.read_text().partition("# === shared: algorithm ===")[2].partition("# === end shared ===")[0]
+        for path in SCRIPTS]
     assert blocks[0].strip() and all(block == blocks[0] for block in blocks)
 
 
-# --- the loss in every other setting, and the KL whose gradient is a KL's ----------------------------------------------
+# --- the loss in every other setting, and the KL whose gradient is a KL's
+# ----------------------------------------------
 
 
-def loss_by_the_book(logps, old_logps, ref_logps, advantages, mask, *, num_tokens, max_completion_length, epsilon, epsilon_high,
+def loss_by_the_book(logps, old_logps, ref_logps, advantages, mask, *, num_tokens, max_completion_length,
+                     epsilon, epsilon_high,
                      beta, loss_type, importance_level, kl_estimator):
-    """The loss from its formulas in DESIGN 7, a token at a time, in double precision: no line in common with grpo_loss."""
+    """The loss from its formulas in DESIGN 7, a token at a time, in double precision: no line in common with
+    grpo_loss.
+    """
     sequences = []
     for lp, old, ref, advantage, on in zip(logps, old_logps, ref_logps, advantages, mask):
         counted = [t for t in range(len(on)) if on[t]]
@@ -68,7 +79,8 @@ def loss_by_the_book(logps, old_logps, ref_logps, advantages, mask, *, num_token
                 gain = min(ratio.item(), epsilon_high) * advantage * lp[t]
             else:
                 kept = min(max(ratio.item(), 1 - epsilon), 1 + epsilon_high)
-                gain = ratio * advantage if ratio.item() * advantage <= kept * advantage else torch.tensor(kept * advantage)
+                gain = ratio * advantage if ratio.item() * advantage <= kept * advantage else torch.tensor(
+                    kept * advantage)
             k3 = torch.exp(ref[t] - lp[t]) - (ref[t] - lp[t]) - 1
             terms.append(beta * (k3 * token_ratio if kl_estimator == "unbiased" else k3) - gain)
         sequences.append(torch.stack(terms))
@@ -84,9 +96,11 @@ def loss_by_the_book(logps, old_logps, ref_logps, advantages, mask, *, num_token
 @pytest.mark.parametrize("kl_estimator", ["unbiased", "k3"])
 @pytest.mark.parametrize("importance_level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
-def test_loss_and_gradient_in_every_setting(loss_type, importance_level, kl_estimator, epsilon_high, scale, old):
+def test_loss_and_gradient_in_every_setting(loss_type, importance_level, kl_estimator, epsilon_high, scale,
+                                            old):
     mask = tensor("completion_mask").bool()
-    setting = dict(num_tokens=TRL["num_tokens"], max_completion_length=TRL["max_completion_length"], epsilon=0.2,
+    setting = dict(num_tokens=TRL["num_tokens"], max_completion_length=TRL["max_completion_length"],
+                   epsilon=0.2,
                    epsilon_high=0.2 if epsilon_high is None else epsilon_high, beta=0.04, loss_type=loss_type,
                    importance_level=importance_level, kl_estimator=kl_estimator)
     results = []
@@ -97,7 +111,8 @@ def test_loss_and_gradient_in_every_setting(loss_type, importance_level, kl_esti
         if double:
             loss = loss_by_the_book(logps, old_logps, ref_logps, TRL["advantages"][scale], mask, **setting)
         else:
-            loss, _ = grpo.grpo_loss(logps, old_logps, ref_logps, torch.tensor(TRL["advantages"][scale]), mask,
+            loss, _ = grpo.grpo_loss(logps, old_logps, ref_logps, torch.tensor(TRL["advantages"][scale]),
+                                     mask,
                                      num_sequences=len(mask), **setting)
         loss.backward()
         results.append((loss.item(), logps.grad.double()))
@@ -106,15 +121,19 @@ def test_loss_and_gradient_in_every_setting(loss_type, importance_level, kl_esti
 
 
 def test_the_unbiased_estimators_expected_gradient_is_that_of_the_reverse_kl():
-    """A policy over a vocabulary of 5 and answers of 2 tokens, all 25 of them summed with their probabilities.
+    """A policy over a vocabulary of 5 and answers of 2 tokens, all 25 of them summed with their
+    probabilities.
 
-    The exact value is the sum over positions of KL(policy || reference) after each prefix, prefixes weighted as sampled
-    (constants, as in every token-level policy gradient). k3 as it stands misses its gradient by 0.638 of its size here.
+    The exact value is the sum over positions of KL(policy || reference) after each prefix, prefixes weighted
+    as sampled (constants, as in every token-level policy gradient). k3 as it stands misses its gradient by
+    0.638 of its size here.
     """
     generator = torch.Generator().manual_seed(0)
     V = 5
-    first, second = (torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((V,), (V, V)))
-    ref_first, ref_second = (torch.randn(*shape, generator=generator, dtype=torch.float64).log_softmax(-1) for shape in ((V,), (V, V)))
+    first, second = (torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+                     for shape in ((V,), (V, V)))
+    ref_first, ref_second = (torch.randn(*shape, generator=generator, dtype=torch.float64).log_softmax(-1)
+                             for shape in ((V,), (V, V)))
 
     def gradient(value):
         return torch.cat([g.flatten() for g in torch.autograd.grad(value, (first, second))])
@@ -131,8 +150,10 @@ def test_the_unbiased_estimators_expected_gradient_is_that_of_the_reverse_kl():
                 logps = torch.stack([first.log_softmax(-1)[a], second.log_softmax(-1)[a, b]])[None]
                 ref_logps = torch.stack([ref_first[a], ref_second[a, b]])[None]
                 loss, _ = grpo.grpo_loss(
-                    logps, logps.detach(), ref_logps, torch.zeros(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool),
-                    num_sequences=1, num_tokens=2, max_completion_length=1, epsilon=0.2, epsilon_high=0.2, beta=1.0,
+                    logps, logps.detach(), ref_logps, torch.zeros(1, dtype=torch.float64),
+                    torch.ones(1, 2, dtype=torch.bool),
+                    num_sequences=1, num_tokens=2, max_completion_length=1, epsilon=0.2, epsilon_high=0.2,
+                    beta=1.0,
                     loss_type="dr_grpo", importance_level="token", kl_estimator=kl_estimator)
                 expected = expected + logps.detach().sum().exp() * loss
         found[kl_estimator] = gradient(expected)
@@ -142,14 +163,17 @@ def test_the_unbiased_estimators_expected_gradient_is_that_of_the_reverse_kl():
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():
     logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    loss, watched = grpo.grpo_loss(logps, logps.detach() - 3, None, torch.ones(1), torch.ones(1, 2, dtype=torch.bool), num_sequences=1,
-                                   num_tokens=2, max_completion_length=2, epsilon=0.2, epsilon_high=5.0, beta=0.0,
+    loss, watched = grpo.grpo_loss(logps, logps.detach() - 3, None, torch.ones(1),
+                                   torch.ones(1, 2, dtype=torch.bool), num_sequences=1,
+                                   num_tokens=2, max_completion_length=2, epsilon=0.2, epsilon_high=5.0,
+                                   beta=0.0,
                                    loss_type="cispo", importance_level="token")
     loss.backward()
     assert logps.grad.tolist() == [[-2.5, -2.5]] and watched["clip_fraction"] == 2  # capped at 5, not cut off
 
 
-# --- log-probabilities on models of five families ---------------------------------------------------------------------
+# --- log-probabilities on models of five families
+# ---------------------------------------------------------------------
 
 
 def load(folder):
@@ -173,7 +197,9 @@ PROMPT_LENGTHS = [21, 5, 13]  # unequal, and longer than Gemma's sliding window 
 def test_greedy_tokens_are_those_of_transformers(family, family_folder):
     model, tokenizer = load(family_folder(family))
     prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
-    model.generation_config = plain = evaluation.transformers.GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0)
+    model.generation_config = plain = evaluation.transformers.GenerationConfig(do_sample=False,
+                                                                               max_new_tokens=24,
+                                                                               pad_token_id=0)
     free = [model.generate(torch.tensor([p]), generation_config=plain)[0, len(p):].tolist() for p in prompts]
     stop = [free[0][9]]  # an id that is really produced, so that rows of a batch end at different times
     expected = [ids[:ids.index(stop[0]) + 1] if stop[0] in ids else ids for ids in free]
@@ -187,13 +213,15 @@ def test_greedy_tokens_are_those_of_transformers(family, family_folder):
 def test_sampler_trainer_and_plain_forward_agree(family, family_folder, temperature):
     model, tokenizer = load(family_folder(family))
     prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
-    ids, mask, sampled = evaluation.generate(model, prompts, 3, max_new_tokens=12, stop_ids=[7, 50, 51, 52], temperature=temperature,
+    ids, mask, sampled = evaluation.generate(model, prompts, 3, max_new_tokens=12, stop_ids=[7, 50, 51, 52],
+                                             temperature=temperature,
                                              generator=torch.Generator().manual_seed(1))
     assert len({tuple(row.tolist()) for row in ids}) > 3  # it does sample
     for i, prompt in enumerate(prompts):
         own = slice(3 * i, 3 * i + 3)
         prompt_ids = torch.tensor(prompt)
-        logps, entropy = grpo.token_logps(model, grpo.prompt_cache(model, prompt_ids), prompt_ids, ids[own], temperature)
+        logps, entropy = grpo.token_logps(model, grpo.prompt_cache(model, prompt_ids), prompt_ids, ids[own],
+                                          temperature)
         assert torch.allclose(logps[mask[own]], sampled[own][mask[own]], atol=1e-5)
         for row, row_mask, row_logps in zip(ids[own], mask[own], logps):
             expected = plain_logps(model, prompt, row[row_mask].tolist(), temperature)
@@ -203,11 +231,16 @@ def test_sampler_trainer_and_plain_forward_agree(family, family_folder, temperat
 
 @pytest.mark.parametrize("length", [1, 6])
 def test_attention_of_a_group_is_transformers_own(family, family_folder, length):
-    """token_logps with keys not repeated, against the model's eager attention, which it leaves alone; also for one token."""
+    """token_logps with keys not repeated, against the model's eager attention, which it leaves alone; also
+    for one token.
+    """
     results = []
     for name in ("sdpa", "eager"):
         model, tokenizer = evaluation.load_model(family_folder(family), "fp32", attn_implementation=name)[:2]
-        prompt_ids, ids = torch.tensor(random_prompts(tokenizer, [14])[0]), torch.tensor(random_prompts(tokenizer, [length] * 3, seed=1))
+        prompt_ids, ids = torch.tensor(random_prompts(tokenizer,
+                                                      [14])[0]), torch.tensor(random_prompts(tokenizer,
+                                                                                             [length] * 3,
+                                                                                             seed=1))
         logps, entropy = grpo.token_logps(model, grpo.prompt_cache(model, prompt_ids), prompt_ids, ids, 1.0)
         logps.sum().backward()
         results.append([logps, entropy, *(p.grad for p in model.parameters())])
@@ -217,11 +250,14 @@ def test_attention_of_a_group_is_transformers_own(family, family_folder, length)
 
 
 def test_sampling_follows_the_model_not_its_generation_config(family_folder):
-    """qwen2's generation_config asks for top-k 3 and a repetition penalty: the frequencies must be the softmax's."""
+    """qwen2's generation_config asks for top-k 3 and a repetition penalty: the frequencies must be the
+    softmax's.
+    """
     model, tokenizer = load(family_folder("qwen2"))
     prompt = random_prompts(tokenizer, [6])
     for temperature in (1.0, 2.0):
-        ids, _, _ = evaluation.generate(model, prompt, 20_000, max_new_tokens=1, stop_ids=[], temperature=temperature,
+        ids, _, _ = evaluation.generate(model, prompt, 20_000, max_new_tokens=1, stop_ids=[],
+                                        temperature=temperature,
                                         generator=torch.Generator().manual_seed(0))
         expected = (model(torch.tensor(prompt)).logits[0, -1] / temperature).softmax(-1)
         counts = torch.bincount(ids[:, 0], minlength=len(expected)) / 20_000
@@ -230,7 +266,8 @@ def test_sampling_follows_the_model_not_its_generation_config(family_folder):
 
 
 def padded_loop(model, groups, config):
-    """The loss and gradient of a rollout the plain way: every completion behind its own copy of the prompt."""
+    """The loss and gradient of a rollout the plain way: every completion behind its own copy of the prompt.
+    """
     model.zero_grad()
     tokens, loss = sum(int(group["completion_mask"].sum()) for group in groups), 0
     for group in groups:
@@ -238,10 +275,13 @@ def padded_loop(model, groups, config):
         logps = torch.zeros(ids.shape)
         for i in range(len(ids)):
             length = int(mask[i].sum())
-            logps[i, :length] = plain_logps(model, group["prompt_ids"].tolist(), ids[i, :length].tolist(), config.temperature)
+            logps[i, :length] = plain_logps(model, group["prompt_ids"].tolist(), ids[i, :length].tolist(),
+                                            config.temperature)
         loss = loss + grpo.grpo_loss(
-            logps, logps.detach(), None, group["advantages"], mask, num_sequences=len(groups) * config.group_size, num_tokens=tokens,
-            max_completion_length=9, epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type=config.loss_type, importance_level="token")[0]
+            logps, logps.detach(), None, group["advantages"], mask,
+            num_sequences=len(groups) * config.group_size, num_tokens=tokens,
+            max_completion_length=9, epsilon=0.2, epsilon_high=0.2, beta=0.0, loss_type=config.loss_type,
+            importance_level="token")[0]
     loss.backward()
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     model.zero_grad()
@@ -256,10 +296,13 @@ def test_gradient_of_the_shared_prompt_is_the_padded_loops(family, family_folder
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     config = replace(CONFIG, beta=0.0, loss_type="dapo", temperature=0.9, max_completion_length=9)
     groups = []
-    for i, (prompt, lengths) in enumerate(zip(random_prompts(tokenizer, PROMPT_LENGTHS), ([9, 4, 1, 9], [3, 3, 3, 3], [1, 9, 2, 5]))):
+    for i, (prompt,
+            lengths) in enumerate(zip(random_prompts(tokenizer, PROMPT_LENGTHS),
+                                      ([9, 4, 1, 9], [3, 3, 3, 3], [1, 9, 2, 5]))):
         rows = random_prompts(tokenizer, lengths, seed=i)
         mask = torch.tensor([[True] * len(row) + [False] * (9 - len(row)) for row in rows])
-        groups.append({"prompt_ids": torch.tensor(prompt), "completion_ids": torch.tensor([row + [0] * (9 - len(row)) for row in rows]),
+        groups.append({"prompt_ids": torch.tensor(prompt),
+                       "completion_ids": torch.tensor([row + [0] * (9 - len(row)) for row in rows]),
                        "completion_mask": mask, "sampler_logps": torch.zeros(mask.shape), "zero_std": False,
                        "advantages": torch.randn(4, generator=torch.Generator().manual_seed(i))})
     loss, expected = padded_loop(model, groups, config)
@@ -276,7 +319,8 @@ def test_gradient_of_the_shared_prompt_is_the_padded_loops(family, family_folder
     assert 1e-4 < own_error < 0.5 and (shared - expected).norm() / expected.norm() < 2 * own_error + 0.01
 
 
-# --- a rollout and its gradient, through the script's own functions ----------------------------------------------------
+# --- a rollout and its gradient, through the script's own functions
+# ----------------------------------------------------
 
 
 
@@ -299,7 +343,8 @@ def make_rollout(tiny, config, seed=0):
 
 
 def set_advantages(groups, config):
-    advantages = grpo.group_advantages(torch.stack([group["rewards"] for group in groups]), config.scale_rewards)
+    advantages = grpo.group_advantages(torch.stack([group["rewards"] for group in groups]),
+                                       config.scale_rewards)
     for group, own in zip(groups, advantages):
         group["advantages"] = own.float()
 
@@ -309,7 +354,8 @@ def gradient(model, reference, groups, config, first_epoch=True, compute=torch.f
     model.zero_grad()
     if first_epoch and config.beta:
         grpo.add_reference_logps(reference, groups, config, compute)
-    sums = grpo.policy_gradient(model, groups, first_epoch, config, compute, torch.amp.GradScaler("cpu", enabled=False))
+    sums = grpo.policy_gradient(model, groups, first_epoch, config, compute,
+                                torch.amp.GradScaler("cpu", enabled=False))
     trained = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in trained])
     model.zero_grad()
@@ -328,7 +374,8 @@ def shaken(model, scale=0.02):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("importance_level", ["token", "sequence"])
 def test_cutting_groups_into_passes_changes_nothing(tiny, loss_type, importance_level):
-    config = replace(CONFIG, loss_type=loss_type, importance_level=importance_level, mask_truncated=True, max_completion_length=36,
+    config = replace(CONFIG, loss_type=loss_type, importance_level=importance_level, mask_truncated=True,
+                     max_completion_length=36,
                      epsilon=0.001, epsilon_high=0.002)
     reference, results = shaken(tiny[0]), []
     for size in (0, 1, 3):
@@ -349,7 +396,8 @@ def test_a_group_is_cut_by_length_where_padding_would_cost_more():
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return [(places.tolist(), length) for places, length in grpo.length_parts(mask, size)]
 
-    assert parts([50, 50, 50, 50], 4) == [([0, 1, 2, 3], 50)] and parts([50, 50, 50, 50], 3) != parts([50, 50, 50, 50], 4)
+    assert parts([50, 50, 50, 50],
+                 4) == [([0, 1, 2, 3], 50)] and parts([50, 50, 50, 50], 3) != parts([50, 50, 50, 50], 4)
     assert parts([8, 100, 10, 98], 4) == [([1, 3], 100), ([2, 0], 10)]
     assert parts([20, 0, 30], 4) == [([2, 0], 30)]  # nothing of the second counts
     lengths = [90, 12, 55, 31, 77, 40, 8]
@@ -365,7 +413,9 @@ def test_a_group_is_cut_by_length_where_padding_would_cost_more():
 
 
 def test_a_step_after_a_refresh_needs_no_pass_of_the_reference(tmp_path, monkeypatch):
-    """The reference is the policy then: KL is 0 in the first epoch, and weights are those of a run that asks it."""
+    """The reference is the policy then: KL is 0 in the first epoch, and weights are those of a run that asks
+    it.
+    """
     results, usual = [], grpo.add_reference_logps
     for asked in (False, True):
         steps_asked = []
@@ -385,17 +435,23 @@ def test_a_step_after_a_refresh_needs_no_pass_of_the_reference(tmp_path, monkeyp
         with monkeypatch.context() as patched:
             patched.setattr(grpo, "policy_gradient", gradient)
             out = tmp_path / str(asked)
-            grpo.main(grpo.parse(["--model", "tiny", "--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--mu", "2",
-                                  "--eval_size", "4", "--ref_every", "2", "--beta", "0.1", "--max_completion_length", "24",
+            grpo.main(grpo.parse(["--model", "tiny", "--steps", "3", "--prompts_per_step", "2",
+                                  "--group_size", "2", "--mu", "2",
+                                  "--eval_size", "4", "--ref_every", "2", "--beta", "0.1",
+                                  "--max_completion_length", "24",
                                   "--kl_estimator", "k3", "--save_every", "0", "--out", str(out)]))
         assert len(steps_asked) == 1  # in step 2 alone
         results.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     for ours, theirs in zip(*results):
-        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-6) and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["kl"] == pytest.approx(theirs["kl"],
+                                           abs=1e-6) and ours["grad_norm"] == pytest.approx(
+                                               theirs["grad_norm"], rel=1e-3)
 
 
 def test_dapo_divides_by_the_tokens_of_the_rollout_not_of_the_pass(tiny):
-    """With advantages of 1 and no clipping the dapo loss is minus the mean over all tokens of 1: -1, however it is cut."""
+    """With advantages of 1 and no clipping the dapo loss is minus the mean over all tokens of 1: -1, however
+    it is cut.
+    """
     for size in (0, 1):
         config = replace(CONFIG, beta=0.0, loss_type="dapo", completions_per_forward=size)
         groups = make_rollout(tiny, config)
@@ -419,7 +475,8 @@ def test_an_all_equal_group_is_skipped_and_changes_no_denominator(tiny, loss_typ
     assert torch.allclose(passed, skipped, atol=1e-8)
     assert sums["tokens"] == sum(int(groups[i]["completion_mask"].sum()) for i in (0, 2))
     lengths = [int(group["completion_mask"].sum()) for group in groups]
-    others = gradient(tiny[0], None, [groups[0], groups[2]], config)[1]  # without it every denominator would be smaller
+    # without it every denominator would be smaller
+    others = gradient(tiny[0], None, [groups[0], groups[2]], config)[1]
     smaller = (lengths[0] + lengths[2]) / sum(lengths) if loss_type == "dapo" else 2 / 3
     assert torch.allclose(skipped, others * smaller, atol=1e-7)
 
@@ -427,7 +484,8 @@ def test_an_all_equal_group_is_skipped_and_changes_no_denominator(tiny, loss_typ
 def test_rollout_marks_groups_whose_rewards_are_equal(tiny):
     model, tokenizer = tiny
     rows = evaluation.encode_rows(tokenizer, pubmedqa.load_rows(limit=60)[0], 2048, "training")
-    groups = grpo.rollout(model, tokenizer, grpo.question_stream(rows, 0, 0), replace(CONFIG, prompts_per_step=12), torch.float32,
+    groups = grpo.rollout(model, tokenizer, grpo.question_stream(rows, 0, 0),
+                          replace(CONFIG, prompts_per_step=12), torch.float32,
                           evaluation.stop_ids(model, tokenizer), torch.Generator().manual_seed(0))
     assert {group["zero_std"] for group in groups} == {True, False}
     for group in groups:
@@ -440,8 +498,11 @@ def test_the_final_eos_is_trained_and_a_cut_completion_has_none(tiny):
     groups = make_rollout(tiny, replace(CONFIG, max_completion_length=36))
     cut = whole = 0
     for group in groups:
-        for ids, mask, truncated, length in zip(*(group[k] for k in ("completion_ids", "completion_mask", "truncated", "lengths"))):
-            assert mask[:length].all() and not mask[length:].any()  # the mask comes from positions and holds the last token
+        for ids, mask, truncated, length in zip(*(group[k]
+                                                  for k in ("completion_ids", "completion_mask", "truncated",
+                                                            "lengths"))):
+            # the mask comes from positions and holds the last token
+            assert mask[:length].all() and not mask[length:].any()
             assert (int(ids[length - 1]) in stops) != bool(truncated)
             assert not any(int(i) in stops for i in ids[:length - 1])
             assert not truncated or length == 36
@@ -494,10 +555,13 @@ def test_importance_weights_are_capped_ratios(tiny):
     config = replace(CONFIG, beta=0.0, importance_cap=1.5, loss_type="dapo")
     groups = make_rollout(tiny, config)
     plain = gradient(tiny[0], None, groups, replace(config, importance_cap=0.0))[1]
-    assert torch.allclose(gradient(tiny[0], None, groups, config)[1], plain, atol=1e-5)  # fp32: sampler and trainer agree
+    # fp32: sampler and trainer agree
+    assert torch.allclose(gradient(tiny[0], None, groups, config)[1], plain, atol=1e-5)
     for group in groups:
-        group["sampler_logps"] = group["sampler_logps"] - 3  # as if the sampler had found all tokens unlikelier
-    assert torch.allclose(gradient(tiny[0], None, groups, config)[1], 1.5 * plain, atol=1e-4 * float(plain.norm()))
+        # as if the sampler had found all tokens unlikelier
+        group["sampler_logps"] = group["sampler_logps"] - 3
+    assert torch.allclose(gradient(tiny[0], None, groups, config)[1], 1.5 * plain,
+                          atol=1e-4 * float(plain.norm()))
 
 
 def test_question_stream_continues_where_it_stood():
@@ -521,7 +585,9 @@ def test_learning_rate_rises_peaks_and_falls_over_the_steps_of_the_launch():
 
 
 def test_output_layer_in_blocks_is_a_plain_log_softmax(monkeypatch):
-    """Values and gradients of ChosenLogps against autograd, with blocks that divide neither vocabulary nor rows, also a second time."""
+    """Values and gradients of ChosenLogps against autograd, with blocks that divide neither vocabulary nor
+    rows, also a second time.
+    """
     monkeypatch.setattr(evaluation, "BLOCK", 7)
     monkeypatch.setattr(evaluation, "ROWS", 4)
     generator = torch.Generator().manual_seed(0)
@@ -535,7 +601,12 @@ def test_output_layer_in_blocks_is_a_plain_log_softmax(monkeypatch):
                 logps, entropy = evaluation.ChosenLogps.apply(hidden, weight, tokens, temperature)
             else:
                 distribution = (hidden @ weight.T / temperature).log_softmax(-1)
-                logps, entropy = distribution.gather(1, tokens[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
+                logps, entropy = distribution.gather(1,
+                                                     tokens[:,
+                                                            None])[:,
+                                                                   0], -(
+                                                                       distribution.exp() * distribution).sum(
+                                                                           -1)
             loss = (logps * upstream).sum()
             first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
             results.append([logps, entropy, *first, *second])
@@ -552,5 +623,6 @@ def test_the_benchmark_and_its_gpu_command_run(tmp_path, capsys):
         assert all(seconds > 0 for seconds in step())  # asserts the forced lengths
     bench.gpu(argparse.Namespace(rounds=1, out=str(tmp_path / "gpu.json")))
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
-    assert {(r["model"], r["cap_gb"], r["loop"]) for r in results} == {(m, c, l) for m in bench.REAL for c in (16, 24) for l in ("ours", "padded")}
+    assert {(r["model"], r["cap_gb"], r["loop"])
+            for r in results} == {(m, c, l) for m in bench.REAL for c in (16, 24) for l in ("ours", "padded")}
     assert "tiny shapes" in capsys.readouterr().out

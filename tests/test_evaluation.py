@@ -1,4 +1,6 @@
-"""Statistics of an evaluation: what several sampled answers show, and the trivial baselines beside every accuracy."""
+"""Statistics of an evaluation: what several sampled answers show, and the trivial baselines beside every
+accuracy.
+"""
 import itertools
 import json
 
@@ -13,14 +15,16 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
         answers = [i < correct for i in range(n)]
         for k in range(1, n + 1):
             subsets = list(itertools.combinations(answers, k))
-            assert evaluation.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+            assert evaluation.pass_at_k(n, correct,
+                                        k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
 
 
 def test_majority_of_samples_with_ties_and_unparsed_answers():
     vote = evaluation.majority_vote
     assert vote(["yes", "yes", "no"], "yes") == 1 and vote(["yes", "yes", "no"], "no") == 0
     assert vote(["yes", "no"], "yes") == vote(["no", "yes"], "yes") == 0.5  # a tie is drawn
-    assert vote(["A", "B", "C", "", ""], "B") == pytest.approx(1 / 3)  # what could not be parsed does not vote
+    # what could not be parsed does not vote
+    assert vote(["A", "B", "C", "", ""], "B") == pytest.approx(1 / 3)
     assert vote(["", ""], "yes") == 0
 
 
@@ -30,7 +34,8 @@ def test_summary_of_samples_and_the_baselines_beside_it():
                 "subject": "S" * (truth == "no"), "sampled_answers": sampled,
                 "sampled_accuracy": [float(answer == truth) for answer in sampled]}
 
-    records = [record("yes", ["yes", "no", "", "yes", "no"]), record("yes", ["no"] * 5), record("no", ["no", "", "", "", "yes"])]
+    records = [record("yes", ["yes", "no", "", "yes", "no"]), record("yes", ["no"] * 5),
+               record("no", ["no", "", "", "", "yes"])]
     summary = evaluation.summarize(records)
     assert summary["majority_class"] == "yes" and summary["majority_accuracy"] == pytest.approx(2 / 3)
     assert summary["by_subject"]["S"]["majority_accuracy"] == 1 and summary["by_subject"]["none"]["n"] == 2
@@ -50,12 +55,16 @@ def test_the_page_shows_pass_at_k_with_guessing_beside_it():
     heads = {}
     for name, right in summaries.items():
         records = [{"ground_truth": truth, "answer": truth, "accuracy": 1.0, "sampled_answers": ["yes"] * 8,
-                    "sampled_accuracy": [1.0] * right + [0.0] * (8 - right)} for truth in ("yes", "no", "maybe")]
+                    "sampled_accuracy": [1.0] * right + [0.0] * (8 - right)}
+                   for truth in ("yes", "no", "maybe")]
         heads[name] = {"generated": evaluation.summarize(records)}
     page = evaluation.report_html("t", heads, [])
-    assert page.count("<svg") == 2 and page.count('class="line line') == 3 and page.count('class="majority line"') == 1
-    assert "Sampled answers (8 a question)" in page and "pass@4" in page and "maj@8" in page and "<td>62.5%</td>" in page
-    assert '<th scope="row">guessing</th><td>33.3%</td>' in page and "always yes" in page and "<b>" not in page
+    assert page.count("<svg") == 2 and page.count('class="line line') == 3 and page.count('class="majority '
+                                                                                          'line"') == 1
+    assert "Sampled answers (8 a question)" in page and "pass@4" in page and "maj@8" in page
+    assert "<td>62.5%</td>" in page
+    assert '<th scope="row">guessing</th><td>33.3%</td>' in page and "always yes" in page
+    assert "<b>" not in page
 
 
 def test_eval_command_reports_pass_at_k_and_majority(tmp_path, capsys):
@@ -63,29 +72,37 @@ def test_eval_command_reports_pass_at_k_and_majority(tmp_path, capsys):
     evaluation.main(evaluation.Config(out=str(out), eval_size=4, samples=3, max_completion_length=40))
     summary = json.loads((out / "summary.json").read_text())
     record = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
-    assert summary["samples"] == 3 and list(summary["pass_at_k"]) == ["1", "2", "3"] and 0 <= summary["maj_at_n"] <= 1
+    assert summary["samples"] == 3 and list(summary["pass_at_k"]) == ["1", "2",
+                                                                      "3"] and 0 <= summary["maj_at_n"] <= 1
     assert len(record["sampled_answers"]) == len(record["sampled_accuracy"]) == 3
     printed = capsys.readouterr().out
     assert "3 samples each: mean accuracy" in printed and "maj@3" in printed and "(always '" in printed
 
 
-# --- what dooms a run is said early -----------------------------------------------------------------------------------
+# --- what dooms a run is said early
+# -----------------------------------------------------------------------------------
 
 
 def run_pubmedqa(tmp_path, capsys, *flags):
     """A run of grpo_pubmedqa.py with the built-in model, a few steps; what it printed, and its folder."""
-    small = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--eval_size", "8", "--max_completion_length", "64"]
-    grpo_pubmedqa.main(grpo_pubmedqa.parse(["--model", "tiny", *small, "--out", str(tmp_path / "run"), *flags]))
+    small = ["--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--eval_size", "8",
+             "--max_completion_length", "64"]
+    grpo_pubmedqa.main(grpo_pubmedqa.parse(["--model", "tiny", *small, "--out", str(tmp_path / "run"),
+                                            *flags]))
     return capsys.readouterr(), tmp_path / "run"
 
 
 def test_a_model_that_does_not_know_the_tags_is_told_so_before_training(tmp_path, capsys, monkeypatch):
-    """As SmolLM2-135M-Instruct answers zero-shot: a sentence, never the tags (DESIGN 10), and all of a group alike."""
-    monkeypatch.setattr(evaluation, "decode", lambda tokenizer, ids, mask, stop_strings=(): ["Yes, the study suggests it."] * len(ids))
+    """As SmolLM2-135M-Instruct answers zero-shot: a sentence, never the tags (DESIGN 10), and all of a group
+    alike.
+    """
+    monkeypatch.setattr(evaluation, "decode", lambda tokenizer, ids, mask,
+                        stop_strings=(): ["Yes, the study suggests it."] * len(ids))
     (out, error), _ = run_pubmedqa(tmp_path, capsys)
     warning = [line for line in out.splitlines() if "doesn't know the tags" in line]
     assert len(warning) == 1 and warning[0].startswith("WARNING") and "format rate 0.000" in warning[0]
-    assert "python sft.py --task pubmedqa --model tiny --data builtin --lora_r 0 --out runs/sft-pubmedqa" in warning[0]
+    command = "python sft.py --task pubmedqa --model tiny --data builtin --lora_r 0 --out runs/sft-pubmedqa"
+    assert command in warning[0]
     assert out.index("before:") < out.index("doesn't know the tags") < out.index("step    1")
     assert (out + error).count("in the first 3 steps all completions of a group earned the same") == 1
     assert "--group_size 4 --temperature 1.2" in out + error
@@ -96,18 +113,23 @@ def test_a_base_model_that_does_not_stop_is_told_so_and_stopped_by_a_string(tmp_
     monkeypatch.setattr(evaluation, "stop_ids", lambda model, tokenizer: [0])  # it runs on behind its answer
     (out, _), _ = run_pubmedqa(tmp_path / "a", capsys)
     warning = [line for line in out.splitlines() if "were cut at" in line]
-    assert len(warning) == 1 and "100% of the answers" in warning[0] and "--max_completion_length 128" in warning[0]
+    assert len(warning) == 1 and "100% of the answers" in warning[
+        0] and "--max_completion_length 128" in warning[0]
     assert "--stop_strings '</answer>'" in warning[0]
     (out, _), folder = run_pubmedqa(tmp_path / "b", capsys, "--stop_strings", "</answer>")
     assert "WARNING" not in out.partition("step    1")[0]
     records = [json.loads(line) for line in (folder / "eval_before.jsonl").read_text().splitlines()]
-    assert all(r["completion"].endswith("</answer>") and not r["truncated"] and r["format_ok"] for r in records)
+    assert all(r["completion"].endswith("</answer>") and not r["truncated"] and r["format_ok"]
+               for r in records)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert all(text.count("</answer>") == 1 and text.endswith("</answer>") for s in samples for text in s["completions"])
+    assert all(text.count("</answer>") == 1 and text.endswith("</answer>") for s in samples
+               for text in s["completions"])
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(m["truncated"] == 0 and m["completion_length"] < 64 for m in metrics)
-    grpo_pubmedqa.main(grpo_pubmedqa.parse(["--model", "tiny", "--steps", "3", "--prompts_per_step", "2", "--group_size", "2",
-                                            "--eval_size", "8", "--max_completion_length", "64", "--out", str(folder),
+    grpo_pubmedqa.main(grpo_pubmedqa.parse(["--model", "tiny", "--steps", "3", "--prompts_per_step", "2",
+                                            "--group_size", "2",
+                                            "--eval_size", "8", "--max_completion_length", "64", "--out",
+                                            str(folder),
                                             "--stop_strings", "</answer>", "--resume"]))
     assert "is finished" in capsys.readouterr().out  # a tuple comes back from config.json as a list
 
@@ -123,7 +145,8 @@ def test_stop_strings_end_a_completion_with_the_token_that_completes_them(string
     prompts = [evaluation.encode_prompt(tokenizer, row["prompt"]) for row in pubmedqa.load_rows()[1][:6]]
     options = dict(max_new_tokens=48, stop_ids=[], temperature=0.0)
     free = evaluation.decode(tokenizer, *evaluation.generate(model, prompts, **options)[:2])
-    ids, mask, logps = evaluation.generate(model, prompts, **options, stop_strings=strings, tokenizer=tokenizer)
+    ids, mask, logps = evaluation.generate(model, prompts, **options, stop_strings=strings,
+                                           tokenizer=tokenizer)
     texts = evaluation.decode(tokenizer, ids, mask, strings)
     for text, whole, row, on, row_logps in zip(texts, free, ids, mask, logps):
         ends = [whole.find(string) + len(string) for string in strings if string in whole]

@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 def record(i, cop=None, **fields):
     """One question in the hub's form, `cop` 0-3."""
-    return {"id": f"id{i}", "question": f"Which drug treats disease {i}?", "opa": f"alpha {i}", "opb": f"beta {i}",
-            "opc": f"gamma {i}", "opd": f"delta {i}", "cop": i % 4 if cop is None else cop, "exp": f"Trial zqx{i} showed it.",
+    return {"id": f"id{i}", "question": f"Which drug treats disease {i}?", "opa": f"alpha {i}",
+            "opb": f"beta {i}",
+            "opc": f"gamma {i}", "opd": f"delta {i}", "cop": i % 4 if cop is None else cop,
+            "exp": f"Trial zqx{i} showed it.",
             "subject_name": "Pharmacology", "topic_name": None, "choice_type": "single", **fields}
 
 
@@ -35,13 +37,15 @@ def from_one(records):
 
 def write(path, records, lines=False):
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records) if lines else json.dumps(records), encoding="utf-8")
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) if lines else json.dumps(records),
+                    encoding="utf-8")
     return str(path)
 
 
 def python(*arguments, **environment):
     environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True,
+                          text=True)
 
 
 def load(tmp_path, records, **knobs):
@@ -50,7 +54,7 @@ def load(tmp_path, records, **knobs):
     return train + heldout, counts
 
 
-# === sources and numbering ============================================================================================
+# === sources and numbering ==================================================================================
 
 
 def test_both_numberings_give_the_same_rows(tmp_path):
@@ -62,18 +66,22 @@ def test_both_numberings_give_the_same_rows(tmp_path):
     for row in hub[0] + hub[1]:
         check_row(row, "here")
         source = raw[row["id"]]
-        assert row["extra"]["options"] == [source["op" + letter] for letter in "abcd"] and row["data_source"] == "medmcqa"
-        assert row["extra"]["options"]["ABCD".index(row["ground_truth"])] == source["op" + "abcd"[source["cop"]]]
+        assert row["extra"]["options"] == [source["op" + letter]
+                                           for letter in "abcd"] and row["data_source"] == "medmcqa"
+        assert row["extra"]["options"]["ABCD".index(row["ground_truth"])] == source["op"
+                                                                                    + "abcd"[source["cop"]]]
         listed = "".join(f"\n{letter}. {source['op' + letter.lower()]}" for letter in "ABCD")
         assert row["prompt"][1] == {"role": "user", "content": f"Question: {source['question']}\n{listed}"}
-        assert source["exp"] in row["target"] and row["target"].endswith(f"<SOLUTION>{row['ground_truth']}</SOLUTION>")
+        assert source["exp"] in row["target"] and row["target"].endswith(
+            f"<SOLUTION>{row['ground_truth']}</SOLUTION>")
         assert not any("zqx" in message["content"] for message in row["prompt"])  # no explanation in a prompt
 
 
 def test_the_hub_is_read_through_datasets_and_its_validation_part_is_held_out(tmp_path, monkeypatch):
     import datasets
     for part, records in (("train", HUB[:30]), ("validation", HUB[30:])):
-        datasets.Dataset.from_list(records).to_parquet(tmp_path / "set" / "data" / f"{part}-00000-of-00001.parquet")
+        datasets.Dataset.from_list(records).to_parquet(
+            tmp_path / "set" / "data" / f"{part}-00000-of-00001.parquet")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     train, heldout, _ = medmcqa.load_rows(f"hub:{tmp_path / 'set'}")
     assert [len(train), [r["id"] for r in heldout]] == [30, [f"medmcqa:id{i}" for i in range(30, 40)]]
@@ -81,7 +89,8 @@ def test_the_hub_is_read_through_datasets_and_its_validation_part_is_held_out(tm
 
 def test_the_official_hub_set_counts_from_zero_whatever_its_values(monkeypatch):
     parts = {"train": [record(i, 1 + i % 3) for i in range(9)], "validation": [record(9, 2)]}
-    monkeypatch.setattr(medmcqa, "read_hub", lambda name, config, part: [(f"row {i}", r) for i, r in enumerate(parts[part])])
+    monkeypatch.setattr(medmcqa, "read_hub", lambda name, config,
+                        part: [(f"row {i}", r) for i, r in enumerate(parts[part])])
     train, heldout, _ = medmcqa.load_rows("hub")
     assert [r["ground_truth"] for r in train] == list("BCD" * 3) and heldout[0]["ground_truth"] == "C"
     with pytest.raises(InputError, match="--cop_base"):
@@ -121,23 +130,29 @@ def test_what_cannot_be_a_numbering_or_a_field_is_refused(tmp_path, records, bas
 
 
 def naming(count, shift, named=None):
-    """`count` records numbered from 1 up to 3, the first `named` of whose explanations name the option `shift` further on."""
-    return [record(i, 1 + i % 3, exp=f"Ans. {'ABCD'[i % 3 + shift]}. It works." if i < (named or count) else None)
+    """`count` records numbered from 1 up to 3, the first `named` of whose explanations name the option
+    `shift` further on.
+    """
+    return [record(i, 1 + i % 3, exp=f"Ans. {'ABCD'[i % 3 + shift]}. It works." if i < (named or count)
+                   else None)
             for i in range(count)]
 
 
 def test_explanations_that_name_other_options_refute_the_numbering(tmp_path):
-    assert Counter(r["ground_truth"] for r in load(tmp_path, naming(12, 0), cop_base="1")[0]) == dict.fromkeys("ABC", 4)
+    assert Counter(r["ground_truth"]
+                   for r in load(tmp_path, naming(12, 0), cop_base="1")[0]) == dict.fromkeys("ABC", 4)
     for records, base in ((naming(12, 0), "0"), (naming(12, 1), "1"), (naming(30, 1, named=10), "1")):
         with pytest.raises(InputError, match="explanations that name their option"):
             load(tmp_path, records, cop_base=base)
     assert len(load(tmp_path, naming(30, 1, named=9), cop_base="1")[0]) == 30  # nine are too few to tell
     misnamed = [{**r, "id": r["id"] + "x", "question": r["question"] + "x"} for r in naming(9, 1)]
-    assert len(load(tmp_path, naming(10, 0) + misnamed, cop_base="1")[0]) == 19  # no majority: the data's own mistakes
+    # no majority: the data's own mistakes
+    assert len(load(tmp_path, naming(10, 0) + misnamed, cop_base="1")[0]) == 19
 
 
 def test_own_fields_system_prompt_and_limit(tmp_path):
-    own = [{"q": r["question"], "key": r["cop"], **{k: r[k] for k in ("opa", "opb", "opc", "opd")}} for r in HUB]
+    own = [{"q": r["question"], "key": r["cop"], **{k: r[k] for k in ("opa", "opb", "opc", "opd")}}
+           for r in HUB]
     rows, counts = load(tmp_path, own, question_field="q", answer_field="key", system_prompt="Be brief.")
     assert {r["id"]: r["ground_truth"] for r in rows} == {f"medmcqa:{i}": "ABCD"[i % 4] for i in range(40)}
     assert {r["prompt"][0]["content"] for r in rows} == {"Be brief."}
@@ -145,46 +160,59 @@ def test_own_fields_system_prompt_and_limit(tmp_path):
     assert {r["id"] for r in load(tmp_path, HUB, limit=7)[0]} == {f"medmcqa:id{i}" for i in range(7)}
 
 
-# === dropped, mended, split ===========================================================================================
+# === dropped, mended, split =================================================================================
 
 
 def test_what_is_dropped_and_kept_is_counted(tmp_path):
-    extra = [record(100, -1), record(101, -1), record(102, opc="  "), record(103, opc=" ALPHA  103."), record(104, exp=None),
-             record(105, exp=" \n"), record(106, choice_type="multi"), record(107, choice_type="multi", opa=" x  y\t"),
+    extra = [record(100, -1), record(101, -1), record(102, opc="  "), record(103, opc=" ALPHA  103."),
+             record(104, exp=None),
+             record(105, exp=" \n"), record(106, choice_type="multi"),
+             record(107, choice_type="multi", opa=" x  y\t"),
              record(108, 1, exp="Ans. b. beta 108"), record(109, 1, exp="Ans-b. Beta 109It works."),
-             {**HUB[3], "id": "again", "question": " which  DRUG treats disease 3", "opa": "delta 3", "opd": "alpha 3",
+             {**HUB[3], "id": "again", "question": " which  DRUG treats disease 3", "opa": "delta 3",
+              "opd": "alpha 3",
               "cop": 0},
              {**HUB[3], "id": "other", "cop": 1}]
     rows, counts = load(tmp_path, HUB + extra)
-    assert counts == {"dropped: no label": 2, "dropped: an option is empty": 1, "dropped: two options are the same": 1,
+    assert counts == {"dropped: no label": 2, "dropped: an option is empty": 1, "dropped: two options are "
+                                                                                "the same": 1,
                       "dropped: occurs before": 1, "dropped: occurs before, with another answer": 1,
-                      "kept: no explanation, so no SFT target": 3, "kept: choice_type multi, one label all the same": 2,
+                      "kept: no explanation, so no SFT target": 3, "kept: choice_type multi, one label all "
+                                                                   "the same": 2,
                       "mended: explanation began by naming the option": 2}
     by_id = {r["id"].removeprefix("medmcqa:"): r for r in rows}
     assert by_id.keys() == {f"id{i}" for i in [*range(40), *range(104, 110)]}
     assert {i for i, r in by_id.items() if r["target"] == ""} == {"id104", "id105", "id108"}
-    assert by_id["id107"]["extra"]["options"][0] == "x  y" and by_id["id107"]["extra"]["choice_type"] == "multi"
-    assert by_id["id109"]["extra"]["explanation"] == "It works." and by_id["id109"]["extra"]["subject"] == "Pharmacology"
+    assert by_id["id107"]["extra"]["options"][0] == "x  y" and by_id["id107"]["extra"][
+        "choice_type"] == "multi"
+    assert by_id["id109"]["extra"]["explanation"] == "It works." and by_id["id109"]["extra"][
+        "subject"] == "Pharmacology"
 
 
 def test_a_question_has_one_side_with_whatever_options(tmp_path):
     again = [{**r, "id": "again" + r["id"], "question": r["question"].upper(), "opa": "new"} for r in HUB]
     train, heldout, counts = medmcqa.load_rows(write(tmp_path / "f.json", HUB + again))
     sides = [{r["extra"]["question"].lower() for r in side} for side in (train, heldout)]
-    assert len(train) + len(heldout) == 80 and not counts and not sides[0] & sides[1] and min(map(len, sides)) > 10
+    assert len(train) + len(heldout) == 80 and not counts and not sides[0] & sides[1] and min(map(len,
+                                                                                                  sides)) > 10
     alone = medmcqa.load_rows(write(tmp_path / "g.json", HUB[::2]))  # and whatever else stands in the file
-    assert {r["id"] for r in alone[1]} == {r["id"] for r in heldout} & {f"medmcqa:id{i}" for i in range(0, 40, 2)}
+    assert {r["id"] for r in alone[1]} == {r["id"]
+                                           for r in heldout} & {f"medmcqa:id{i}" for i in range(0, 40, 2)}
 
 
 def test_ids_that_repeat_do_not_move_questions_to_another_side(tmp_path):
-    sides = [[{r["extra"]["question"] for r in side} for side in medmcqa.load_rows(write(tmp_path / "f.json", records))[:2]]
+    sides = [[{r["extra"]["question"] for r in side}
+              for side in medmcqa.load_rows(write(tmp_path / "f.json", records))[:2]]
              for records in (HUB, [{**r, "id": "x"} for r in HUB])]
     assert sides[0] == sides[1]
 
 
 def folder(tmp_path):
-    """An original folder: 20 training questions, 10 others in dev, three of which are in train too, in another form."""
-    leaked = [{**HUB[20], "id": "l0", "question": HUB[20]["question"].upper()}, {**HUB[21], "id": "l1", "opa": "new"},
+    """An original folder: 20 training questions, 10 others in dev, three of which are in train too, in
+    another form.
+    """
+    leaked = [{**HUB[20], "id": "l0", "question": HUB[20]["question"].upper()},
+              {**HUB[21], "id": "l1", "opa": "new"},
               {**HUB[22], "id": "l2", "question": "  Which  drug treats\ndisease 22 ?? "}]
     write(tmp_path / "set" / "train.json", from_one(HUB[:10] + leaked + HUB[10:20]), lines=True)
     write(tmp_path / "set" / "dev.json", from_one(HUB[20:30]), lines=True)
@@ -203,7 +231,8 @@ def test_a_limit_lets_no_dev_question_into_training(tmp_path):
     write(tmp_path / "set" / "dev.json", from_one(HUB[6:10]), lines=True)
     train, heldout, _ = medmcqa.load_rows(str(tmp_path / "set"), limit=2)
     assert [r["id"] for r in heldout] == ["medmcqa:id6", "medmcqa:id7"]
-    assert [r["id"] for r in train] == ["medmcqa:id0", "medmcqa:id1"]  # 9 is held out in a run without the limit
+    # 9 is held out in a run without the limit
+    assert [r["id"] for r in train] == ["medmcqa:id0", "medmcqa:id1"]
 
 
 # (explanation, right option, what is left)
@@ -211,7 +240,8 @@ CLEAN = [
     ("Ans-a. The pressure fallsGuyton says so.", "The pressure falls", "Guyton says so."),
     ("Ans. is 'c' i.e., It binds iron.", "Ferritin", "It binds iron."),
     ("Ans. is 'c' i.e., Ferritin (Ref: Harper)", "Ferritin", "(Ref: Harper)"),
-    ("Answer- B. FluoxetineFluoxetine has the longest half-life.", "Fluoxetine", "Fluoxetine has the longest half-life."),
+    ("Answer- B. FluoxetineFluoxetine has the longest half-life.", "Fluoxetine", "Fluoxetine has the longest "
+                                                                                 "half-life."),
     ("Ans. BSolitary nodules are cold.", "Thyroid", "Solitary nodules are cold."),
     ("Ans: D", "Iron", ""),
     ("Ans. D. All", "All", ""),
@@ -223,7 +253,8 @@ CLEAN = [
     ("ANSWER B: 5 daysThen it heals.", "5 days", "Then it heals."),
     ("Ans. c: \u03b2-carotene\u2014it is yellow.", "\u03b2-carotene", "\u2014it is yellow."),
     ("Ans. a. \u00c9tude \u2014 na\u00efve T cells.", "T cells", "\u00c9tude \u2014 na\u00efve T cells."),
-    ("Ans- b. Reduced in liver failure.", "Red", "Reduced in liver failure."),  # the option's text only begins this word
+    # the option's text only begins this word
+    ("Ans- b. Reduced in liver failure.", "Red", "Reduced in liver failure."),
     ("Ans. b. 50 mg is usual.", "5", "50 mg is usual."),
     ("  Iron is bound.\n", "Iron", "Iron is bound."),
     ("Ans. all of the above", "All of the above", "Ans. all of the above"),
@@ -252,7 +283,8 @@ def test_the_named_option_is_cut_from_an_explanation(explanation, answer, left):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(["Ans", ". ", "-", "is ", "'", "(", ")", "B", "c", "i.e.", "Option", " ", "Iron"]),
+@given(st.lists(st.one_of(st.sampled_from(["Ans", ". ", "-", "is ", "'", "(", ")", "B", "c", "i.e.", "Option",
+                                           " ", "Iron"]),
                           st.text(max_size=5)), max_size=10))
 def test_cleaning_only_cuts_at_the_front(pieces):
     text = "".join(pieces)
@@ -261,13 +293,14 @@ def test_cleaning_only_cuts_at_the_front(pieces):
 
 def test_cleaning_100_kb_is_fast():
     start = time.perf_counter()
-    for text in ("Ans. a. " + "x" * 100_000, "Ans" + " " * 100_000 + "a", "(" * 100_000, " ." * 50_000 + "a", "Ans. " * 20_000,
+    for text in ("Ans. a. " + "x" * 100_000, "Ans" + " " * 100_000 + "a", "(" * 100_000, " ." * 50_000 + "a",
+                 "Ans. " * 20_000,
                  "option b" * 12_500, "Ans. a" + ".)" * 50_000):
         medmcqa.clean_explanation(text, "x" * 50_000)
     assert time.perf_counter() - start < 2  # quadratic: minutes
 
 
-# === prepared rows ====================================================================================================
+# === prepared rows ==========================================================================================
 
 
 PREPARED = medmcqa.load_rows()[0][:3]
@@ -293,7 +326,7 @@ def test_broken_prepared_rows_are_named(tmp_path, second, words):
     assert all(word in str(error.value) for word in [*words, "f.json"])
 
 
-# === real rows ========================================================================================================
+# === real rows ==============================================================================================
 
 
 def same(text):
@@ -318,8 +351,10 @@ def test_real_rows_are_counted_and_labelled_as_an_independent_reader_does(real_d
             seen[key] = same(options[r["cop"] - 1])
             kept["medmcqa:" + r["id"]] = r
             expected["kept: choice_type multi, one label all the same"] += r["choice_type"] == "multi"
-            only_named = re.fullmatch(rf"(?i)ans\w*\W+[a-d]\W*({re.escape(options[r['cop'] - 1])})?\W*", r["exp"] or "x")
-            expected["kept: no explanation, so no SFT target"] += not (r["exp"] or "").strip() or bool(only_named)
+            only_named = re.fullmatch(rf"(?i)ans\w*\W+[a-d]\W*({re.escape(options[r['cop'] - 1])})?\W*",
+                                      r["exp"] or "x")
+            expected["kept: no explanation, so no SFT target"] += not (r["exp"]
+                                                                       or "").strip() or bool(only_named)
     train, heldout, counts = medmcqa.load_rows(str(path))
     rows = {row["id"]: row for row in train + heldout}
     assert len(rows) == len(train) + len(heldout) and rows.keys() == kept.keys()
@@ -336,7 +371,8 @@ def test_real_rows_are_counted_and_labelled_as_an_independent_reader_does(real_d
     assert counts == +expected and 0.4 < len(heldout) / len(rows) < 0.6
     named = [r for r in raw if re.match(r"(Ans|Answer)\W{1,3}[A-Da-d]\b\W", r["exp"] or "")]
     assert len(named) * 0.9 < mended < len(named) * 1.25
-    left = [row["extra"]["explanation"] for row in rows.values() if re.match(r"(?i)ans\w*\W{1,3}[a-d]\b\W", row["extra"]["explanation"])]
+    left = [row["extra"]["explanation"] for row in rows.values()
+            if re.match(r"(?i)ans\w*\W{1,3}[a-d]\b\W", row["extra"]["explanation"])]
     assert [text[:40] for text in left] == ["Ans: A is false & b, c, d are trueCPR te"]  # it judges an option
 
 
@@ -345,24 +381,27 @@ def test_the_prepare_command_writes_the_real_rows_and_they_load_again(real_data,
     done = python("-m", "data.prepare", "medmcqa", path, "--out", str(out))
     assert done.returncode == 0, done.stderr
     train, heldout, counts = medmcqa.load_rows(path)
-    assert f"train.jsonl: {len(train)} rows" in done.stdout and f"heldout.jsonl: {len(heldout)} rows" in done.stdout
+    assert f"train.jsonl: {len(train)} rows" in done.stdout
+    assert f"heldout.jsonl: {len(heldout)} rows" in done.stdout
     assert all(f"{count} {reason}\n" in done.stdout for reason, count in counts.items()) and len(counts) >= 5
     again = medmcqa.load_rows(str(out))
     assert again[0] == train and again[1] == heldout
-    assert {row["prompt"][0]["content"] for row in medmcqa.load_rows(str(out), system_prompt="Be brief.")[1]} == {"Be brief."}
+    assert {row["prompt"][0]["content"]
+            for row in medmcqa.load_rows(str(out), system_prompt="Be brief.")[1]} == {"Be brief."}
     assert medmcqa.load_rows(str(out / "heldout.jsonl"))[:2] == ([], heldout)
     refused = python("-m", "data.prepare", "medmcqa", path, "--cop_base", "0", "--out", str(out))
     assert refused.returncode == 2 and "--cop_base 0" in refused.stderr and refused.stderr.count("\n") == 1
 
 
-# === built-in facts ===================================================================================================
+# === built-in facts =========================================================================================
 
 
 def test_builtin_keys_and_values_are_unique_within_a_topic():
     facts = medmcqa.facts()
     assert len(facts) >= 150 and all(key and value for _, key, value in facts)
     for part in (1, 2):
-        assert max(Counter((fact[0], fact[part].lower()) for fact in facts).values()) == 1  # so no wrong option can be right
+        # so no wrong option can be right
+        assert max(Counter((fact[0], fact[part].lower()) for fact in facts).values()) == 1
 
 
 def test_builtin_items():
@@ -373,7 +412,8 @@ def test_builtin_items():
             for wording in wordings:
                 text = wording.format(key=key, value=value)
                 meaning[text[0].upper() + text[1:]].add((topic, key, forward, value if forward else key))
-    assert max(map(len, meaning.values())) == 1 and len(meaning) == len(train) / 5 + len(heldout) and not counts
+    assert max(map(len,
+                   meaning.values())) == 1 and len(meaning) == len(train) / 5 + len(heldout) and not counts
 
     wrong = []
     for side in (train, heldout):
@@ -382,24 +422,29 @@ def test_builtin_items():
         wrong.append(defaultdict(set))
         for row in side:
             check_row(row, "here")
-            options, ((topic, key, forward, answer),) = row["extra"]["options"], meaning[row["extra"]["question"]]
-            assert options["ABCD".index(row["ground_truth"])] == answer and len({option.lower() for option in options}) == 4
+            options, ((topic, key, forward, answer),
+                      ) = row["extra"]["options"], meaning[row["extra"]["question"]]
+            assert options["ABCD".index(row["ground_truth"])] == answer and len({option.lower()
+                                                                                 for option in options}) == 4
             peers = {fact[2 if forward else 1] for fact in medmcqa.facts() if fact[0] == topic}
             assert set(options) <= peers
             wrong[-1][topic, key, forward] |= set(options) - {answer}
             careful = row["extra"]["annotator"] == "careful" or forward
             assert (row["extra"]["explanation"] in row["target"]) == careful
             assert not any(row["extra"]["explanation"] in message["content"] for message in row["prompt"])
-    assert wrong[0].keys() == wrong[1].keys() and all(not wrong[0][fact] & wrong[1][fact] for fact in wrong[0])
+    assert wrong[0].keys() == wrong[1].keys() and all(not wrong[0][fact] & wrong[1][fact]
+                                                      for fact in wrong[0])
 
-    items = Counter((row["extra"]["question"], tuple(row["extra"]["options"])) for row in train)  # a row for each annotator
+    # a row for each annotator
+    items = Counter((row["extra"]["question"], tuple(row["extra"]["options"])) for row in train)
     assert set(items.values()) == {5} and len({row["id"] for row in train + heldout}) == len(train + heldout)
     assert not {row["extra"]["question"] for row in train} & {row["extra"]["question"] for row in heldout}
 
 
 def test_builtin_targets_are_right_except_where_the_careless_annotator_takes_the_first():
     train, heldout, _ = medmcqa.load_rows()
-    shares = [sum(row["extra"]["annotator"] == "careless" for row in side) / len(side) for side in (train, heldout)]
+    shares = [sum(row["extra"]["annotator"] == "careless" for row in side) / len(side)
+              for side in (train, heldout)]
     assert shares == [0.6, 0]
     fooled = 0
     for row in train + heldout:
@@ -417,5 +462,6 @@ def test_builtin_rows_are_the_same_for_everybody_and_take_the_knobs():
     for seed in ("1", "2"):  # another process, another order of sets
         assert json.loads(python("-c", code, PYTHONHASHSEED=seed).stdout) == [train, heldout]
     some = medmcqa.load_rows(limit=5, system_prompt="Be brief.")
-    assert [[r["id"] for r in side] for side in some[:2]] == [[r["id"] for r in side[:5]] for side in (train, heldout)]
+    assert [[r["id"] for r in side]
+            for side in some[:2]] == [[r["id"] for r in side[:5]] for side in (train, heldout)]
     assert some[0][0]["prompt"][0]["content"] == "Be brief."

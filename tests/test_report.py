@@ -20,22 +20,27 @@ INTERVAL = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "n": 120}
 
 def summary(mode, **by_subject):
     generated = {"format_rate": 0.9, "mean_length": 41.5} if mode == "generated" else {}
-    return {**INTERVAL, "majority_accuracy": 0.3, "by_subject": by_subject or {"Cardiology": INTERVAL}, **generated}
+    return {**INTERVAL, "majority_accuracy": 0.3, "by_subject": by_subject or {"Cardiology": INTERVAL},
+            **generated}
 
 
 def make_rows(n=120):
     """Row i is right in head h if bit h of i is set: of each 8 rows 6 have heads that differ."""
-    return [{"id": f"medmcqa:{i}", "question": f"Question {i} {HOSTILE}", "options": ["one", "two", HOSTILE, "four"],
+    return [{"id": f"medmcqa:{i}", "question": f"Question {i} {HOSTILE}",
+             "options": ["one", "two", HOSTILE, "four"],
              "ground_truth": "ABCD"[i % 4], "subject": "Cardiology" if i % 3 else "<i>Anatomy</i>",
              "answers": {head: {"answer": "A" if i >> bit & 1 else HOSTILE, "accuracy": float(i >> bit & 1),
-                                "completion": f"needle{i}. {HOSTILE}" + " long" * 40} for bit, head in enumerate(HEADS)}}
+                                "completion": f"needle{i}. {HOSTILE}" + " long" * 40} for bit,
+                         head in enumerate(HEADS)}}
             for i in range(n)]
 
 
 def make_page(rows):
     subjects = {"<i>Anatomy</i>": INTERVAL, "Cardiology": INTERVAL}
-    heads = {head: {mode: summary(mode, **subjects) for mode in ("generated", "loglikelihood")} for head in HEADS}
-    paired = [{"before": "base", "after": after, "mode": mode, "only_before": 30, "only_after": 31, "p_value": 1.0}
+    heads = {head: {mode: summary(mode, **subjects) for mode in ("generated", "loglikelihood")}
+             for head in HEADS}
+    paired = [{"before": "base", "after": after, "mode": mode, "only_before": 30, "only_after": 31,
+               "p_value": 1.0}
               for after in HEADS[1:] for mode in ("generated", "loglikelihood")]
     return report_html("Hostile <b>title</b> $data", heads, rows, paired)
 
@@ -46,7 +51,8 @@ def data_in(page):
 
 def test_page_loads_nothing():
     page = report_html("Plain", {"base": {"generated": summary("generated")}}, [])
-    assert not re.search(r"https?://|\bsrc\s*=|@import|url\(|<link\b|<iframe\b|\bfetch\(|XMLHttpRequest|innerHTML", page)
+    assert not re.search(
+        r"https?://|\bsrc\s*=|@import|url\(|<link\b|<iframe\b|\bfetch\(|XMLHttpRequest|innerHTML", page)
     assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'" in page
 
 
@@ -63,7 +69,8 @@ def test_data_comes_back_and_cannot_leave_its_script():
 @pytest.mark.parametrize("modes", [["generated"], ["loglikelihood"], ["generated", "loglikelihood"]])
 def test_one_chart_a_mode(modes):
     page = report_html("t", {head: {mode: summary(mode) for mode in modes} for head in HEADS}, [])
-    assert page.count("<svg") == len(modes) and page.count("<rect") == page.count('class="majority"') == 3 * len(modes)
+    assert page.count("<svg") == len(modes) and page.count("<rect") == page.count(
+        'class="majority"') == 3 * len(modes)
     assert page.count(">sft &amp; more <small>") == len(modes)
 
 
@@ -73,12 +80,15 @@ def browse(folder, page, view="", probe=""):
     Returns (what probe returned, the DOM as text, the lines of the browser's console).
     """
     script = ("<script>addEventListener('load', () => { const output = document.createElement('output');"
-              "output.textContent = JSON.stringify((() => {" + probe + "})()); document.body.append(output); })</script>")
+              "output.textContent = JSON.stringify((() => {" + probe + "})()); document.body.append(output); "
+                                                                       "})</script>")
     file = folder / "report.html"
     file.write_text(page + script, encoding="utf-8")
-    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --dump-dom "
-             "--disable-component-update --disable-sync --disable-dev-shm-usage --enable-logging=stderr --window-size=1300,900")
-    run = subprocess.run([BROWSER, *flags.split(), f"--user-data-dir={folder / 'profile'}", f"{file.as_uri()}#{view}"],
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+             "--disable-background-networking --dump-dom --disable-component-update --disable-sync "
+             "--disable-dev-shm-usage --enable-logging=stderr --window-size=1300,900")
+    run = subprocess.run([BROWSER, *flags.split(), f"--user-data-dir={folder / 'profile'}",
+                          f"{file.as_uri()}#{view}"],
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     result = json.loads(html.unescape(re.findall(r"<output>(.*?)</output>", run.stdout, re.S)[-1]))
@@ -92,7 +102,8 @@ COUNT = "return [document.querySelectorAll('article').length, document.getElemen
 @pytest.mark.parametrize("view, cards, found", [
     ("", 50, 90), ("filter=nonsense", 50, 90), ("filter=all", 50, 120), ("filter=wrong in grpo", 50, 60),
     ("filter=newly right: base → sft %26 more", 30, 30), ("filter=newly wrong: base → grpo", 30, 30),
-    ("filter=all&subject=<i>Anatomy</i>", 40, 40), ("filter=all&text=NEEDLE11.", 1, 1), ("filter=all&text=nowhere", 0, 0)])
+    ("filter=all&subject=<i>Anatomy</i>", 40, 40), ("filter=all&text=NEEDLE11.", 1, 1),
+    ("filter=all&text=nowhere", 0, 0)])
 def test_views(tmp_path, view, cards, found):
     result, _, console = browse(tmp_path, make_page(make_rows()), quote(view, safe="=&%"), probe=COUNT)
     assert result == [cards, f"Showing {cards} of {found} questions"] and not console
@@ -101,8 +112,13 @@ def test_views(tmp_path, view, cards, found):
 @needs_browser
 def test_controls(tmp_path):
     result, _, console = browse(tmp_path, make_page(make_rows()), probe="""
-        const seen = [], at = id => document.getElementById(id), count = () => document.querySelectorAll("article").length;
-        const set = (id, value) => { at(id).value = value; at(id).dispatchEvent(new Event("input")); seen.push(count()); };
+        const seen = [], at = id => document.getElementById(id);
+        const count = () => document.querySelectorAll("article").length;
+        const set = (id, value) => {
+            at(id).value = value;
+            at(id).dispatchEvent(new Event("input"));
+            seen.push(count());
+        };
         at("more").click(); seen.push(count(), at("more").hidden);
         set("filter", "all"); at("more").click(); at("more").click(); seen.push(count(), at("more").hidden);
         set("filter", "newly right: sft & more → grpo"); set("text", "needle12"); set("text", "");
@@ -116,7 +132,8 @@ def test_controls(tmp_path):
 def test_model_output_is_shown_not_run(tmp_path):
     rows = make_rows(8)
     result, dom, console = browse(tmp_path, make_page(rows), "filter=all", probe="""
-        return [document.title, document.images.length, document.querySelectorAll("article script, article i").length,
+        return [document.title, document.images.length,
+                document.querySelectorAll("article script, article i").length,
                 [...document.querySelectorAll("pre")].map(node => node.textContent)];""")
     title, images, scripts, shown = result
     assert title == "Hostile <b>title</b> $data" and images == scripts == 0 and not console
@@ -128,14 +145,17 @@ def test_model_output_is_shown_not_run(tmp_path):
 @pytest.mark.parametrize("width", [390, 1200])
 def test_no_sideways_scrolling(tmp_path, width):
     page = make_page(make_rows()).replace("needle1.", "needle" * 100)
-    frame = f'<iframe style="width: {width}px; border: 0" srcdoc="{html.escape(page)}"></iframe>'  # a window is 500 at least
+    # a window is 500 at least
+    frame = f'<iframe style="width: {width}px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
     result, _, console = browse(tmp_path, frame, probe="""
         const {innerWidth, document: page} = document.querySelector("iframe").contentWindow;
-        const tops = [...page.querySelector(".answers").children].map(node => node.getBoundingClientRect().top);
+        const answers = [...page.querySelector(".answers").children];
+        const tops = answers.map(node => node.getBoundingClientRect().top);
         return [innerWidth, page.documentElement.scrollWidth, new Set(tops).size,
                 [...page.querySelectorAll("select, input")].every(node => node.labels.length)];""")
     inner, wide, stacks, labelled = result
-    assert inner == width and wide <= inner and stacks == (3 if width == 390 else 1) and labelled and not console
+    assert inner == width and wide <= inner and stacks == (3 if width == 390
+                                                           else 1) and labelled and not console
 
 
 @needs_browser
@@ -143,7 +163,9 @@ def test_no_sideways_scrolling(tmp_path, width):
     [{"id": "x", "question": "Yes?", "options": [], "ground_truth": "yes", "subject": "", "answers": {
         "base": {"answer": "", "accuracy": 0.0, "completion": ""}}}], ["base", "grpo"], 1)])
 def test_odd_input(tmp_path, rows, heads, cards):
-    page = report_html("t", {head: {"generated": {**summary("generated"), "by_subject": {}}} for head in heads}, rows)
+    page = report_html("t",
+                       {head: {"generated": {**summary("generated"), "by_subject": {}}} for head in heads},
+                       rows)
     result, dom, console = browse(tmp_path, page, "filter=all", probe=COUNT)
     assert result[0] == cards and not console
     assert cards != 1 or "Right answer: yes" in dom and "no answer found" in dom and "(empty)" in dom

@@ -1,4 +1,6 @@
-"""What the scripts leave is served elsewhere: loaded by plain transformers and peft in a new process, merged, with a card."""
+"""What the scripts leave is served elsewhere: loaded by plain transformers and peft in a new process, merged,
+with a card.
+"""
 import json
 import os
 import subprocess
@@ -22,24 +24,28 @@ from conftest import ROOT, save_family
 from data import one_line_errors
 
 TINY = str(ROOT / "data" / "tiny")
-QUICK = ["--model", "tiny", "--data", "builtin", "--eval_size", "4", "--max_completion_length", "64", "--eval_every", "0", "--learning_rate", "1e-3"]
+QUICK = ["--model", "tiny", "--data", "builtin", "--eval_size", "4", "--max_completion_length", "64",
+         "--eval_every", "0", "--learning_rate", "1e-3"]
 GRPO = [*QUICK, "--steps", "1", "--prompts_per_step", "4", "--group_size", "6", "--limit", "60"]
 RUNS = {"grpo_pubmedqa": (grpo_pubmedqa, GRPO), "grpo_medmcqa": (grpo_medmcqa, [*GRPO, "--adapter", "none"]),
-        "grpo_ecg": (grpo_ecg, [*GRPO, "--adapter", "none"]), "sft": (sft, [*QUICK, "--task", "medmcqa", "--limit", "60", "--num_epochs", "1"])}
+        "grpo_ecg": (grpo_ecg, [*GRPO, "--adapter", "none"]),
+        "sft": (sft, [*QUICK, "--task", "medmcqa", "--limit", "60", "--num_epochs", "1"])}
 IDS = torch.arange(40).view(2, 20) * 37 % 2000 + 4
 ELSEWHERE = """
 import json, sys
 import numpy, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-assert not any("grpo" in name or name in ("eval", "rewards", "data") for name in sys.modules)  # nothing of ours
+ours = ("eval", "rewards", "data")
+assert not any("grpo" in name or name in ours for name in sys.modules)
 torch.set_num_threads(int(sys.argv[2]))
 ids, logits = torch.tensor(json.loads(sys.argv[3])), {}
 for name, folder, base in json.loads(sys.argv[4]):
     model = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder) if base else model
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    question = [{"role": "user", "content": "?"}]
+    assert "<|im_start|>user" in tokenizer.apply_chat_template(question, tokenize=False)
     with torch.no_grad():
         logits[name] = model.eval()(ids).logits.numpy()
 numpy.savez(sys.argv[1], **logits)
@@ -50,7 +56,8 @@ def merged(*arguments):
     """eval.py merge without a new process; returns the exit code."""
     try:
         with one_line_errors():
-            evaluation.merge(evaluation.tyro.cli(evaluation.Merge, args=list(map(str, arguments)), use_underscores=True))
+            evaluation.merge(evaluation.tyro.cli(evaluation.Merge, args=list(map(str, arguments)),
+                                                 use_underscores=True))
     except SystemExit as end:
         return end.code
     return 0
@@ -74,7 +81,8 @@ def runs(tmp_path_factory):
     patch.undo()
     for name in RUNS:
         adapter = [] if name == "grpo_pubmedqa" else ["--adapter", folder / name / "model"]
-        assert merged("--model", "tiny" if adapter else folder / name / "model", *adapter, "--out", folder / f"{name}-merged") == 0
+        assert merged("--model", "tiny" if adapter else folder / name / "model", *adapter, "--out",
+                      folder / f"{name}-merged") == 0
     return folder, logits
 
 
@@ -83,34 +91,42 @@ def test_a_new_process_gets_the_same_logits(runs, tmp_path):
     assert set(logits) == set(RUNS)
     wanted = [(name, str(folder / name / "model"), "" if name == "grpo_pubmedqa" else TINY) for name in RUNS]
     wanted += [(f"{name}-merged", str(folder / f"{name}-merged"), "") for name in RUNS]
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path / "logits.npz", str(torch.get_num_threads()), json.dumps(IDS.tolist()),
-                           json.dumps(wanted)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path / "logits.npz",
+                           str(torch.get_num_threads()), json.dumps(IDS.tolist()),
+                           json.dumps(wanted)], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     read = numpy.load(tmp_path / "logits.npz")
     with torch.no_grad():
-        base = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)(IDS).logits.numpy()
+        base = transformers.AutoModelForCausalLM.from_pretrained(TINY,
+                                                                 dtype=torch.float32)(IDS).logits.numpy()
     for name in RUNS:
         assert numpy.abs(logits[name] - base).max() > 1e-3, name  # something was learned
         assert numpy.array_equal(read[name], logits[name]), name
-        assert numpy.abs(read[f"{name}-merged"] - logits[name]).max() < 2e-6 * numpy.abs(base).max(), name  # 8e-6 of 10.5 was measured
+        # 8e-6 of 10.5 was measured
+        assert numpy.abs(read[f"{name}-merged"] - logits[name]).max() < 2e-6 * numpy.abs(base).max(), name
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_merged_folder_is_whole(runs, name):
     folder, run = runs[0] / f"{name}-merged", runs[0] / name
     files = {path.name for path in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= files
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json", "README.md"} <= files
     assert not files & {"adapter_config.json"} and not any(file.endswith((".bin", ".pt")) for file in files)
     with safe_open(folder / "model.safetensors", "pt") as weights:
         assert not any("lora" in key for key in weights.keys())
     assert 2 in json.loads((folder / "generation_config.json").read_text())["eos_token_id"]  # <|im_end|>
-    card, summary, config = (folder / "README.md").read_text(), *(json.loads((run / f"{file}.json").read_text()) for file in ("summary", "config"))
+    card, summary, config = (folder / "README.md").read_text(), *(
+        json.loads((run / f"{file}.json").read_text()) for file in ("summary", "config"))
     head, body = card.split("---\n")[1:3]
     assert "library_name: transformers" in head and "base_model" not in head  # tiny is not on the hub
     value = "score" if name == "grpo_ecg" else "accuracy"
     for side in ("before", "after"):
-        assert f"{summary[side][value]:.3f} [{summary[side][value + '_ci95'][0]:.3f}, {summary[side][value + '_ci95'][1]:.3f}]" in body
-    assert "4 held-out questions" in body and "no medical device" in body and "`tiny`" in body and "(builtin)" in body
+        low, high = summary[side][f"{value}_ci95"]
+        assert f"{summary[side][value]:.3f} [{low:.3f}, {high:.3f}]" in body
+    assert "4 held-out questions" in body and "no medical device" in body and "`tiny`" in body
+    assert "(builtin)" in body
     assert ("supervised fine-tuning" if name == "sft" else "trained by GRPO") in body
     assert {"grpo_pubmedqa": "on pubmedqa", "grpo_ecg": "on ecg"}.get(name, "on medmcqa") in body
     settings = json.loads(body.split("```json\n")[1].split("\n```")[0])
@@ -119,7 +135,8 @@ def test_a_merged_folder_is_whole(runs, name):
     if name == "sft":  # keeps no samples
         assert "<SOLUTION>" in prompt
     else:
-        assert prompt == json.loads((run / "samples.jsonl").read_text().splitlines()[0])["prompt"][0]["content"]
+        assert prompt == json.loads((run / "samples.jsonl").read_text().splitlines()[0])["prompt"][0][
+            "content"]
     assert summary["versions"]["transformers"] in body and "$" not in body
     [result] = ModelCard(card).data.eval_results
     assert (result.metric_type, result.metric_value) == (value, summary["after"][value])
@@ -131,9 +148,11 @@ def test_a_merged_model_answers_as_the_adapter_does(runs, tmp_path):
     """By our own evaluation, which reads both forms."""
     folder = runs[0]
     for model, out in (("grpo_medmcqa/model", "a"), ("grpo_medmcqa-merged", "b")):
-        evaluation.main(evaluation.Config(task="medmcqa", model=str(folder / model), eval_size=6, mode="both", max_completion_length=24,
+        evaluation.main(evaluation.Config(task="medmcqa", model=str(folder / model), eval_size=6, mode="both",
+                                          max_completion_length=24,
                                           out=str(tmp_path / out)))
-    a, b = ([json.loads(line) for line in (tmp_path / out / "eval.jsonl").read_text().splitlines()] for out in "ab")
+    a, b = ([json.loads(line) for line in (tmp_path / out / "eval.jsonl").read_text().splitlines()]
+            for out in "ab")
     assert [r["completion"] for r in a] == [r["completion"] for r in b]
 
 
@@ -154,12 +173,16 @@ def test_a_template_less_base_gets_one_and_hub_ids_are_named(tmp_path, monkeypat
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     assert merged("--model", tmp_path / "plain", "--out", tmp_path / "out", "--dtype", "bf16") == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hm?"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hm?"}], tokenize=False,
+                                         add_generation_prompt=True)
     assert text == "User: Hm?\n\nAssistant: "
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "Qwen/Qwen3-4B-Base", "group_size": 8, "data": "hub"}))
-    card = evaluation.model_card(evaluation.Merge(model="Qwen/Qwen3-4B-Base", adapter=str(tmp_path / "run" / "model"), out="x"), "bfloat16")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "Qwen/Qwen3-4B-Base", "group_size": 8,
+                                                              "data": "hub"}))
+    card = evaluation.model_card(evaluation.Merge(model="Qwen/Qwen3-4B-Base",
+                                                  adapter=str(tmp_path / "run" / "model"), out="x"),
+                                 "bfloat16")
     assert "base_model: Qwen/Qwen3-4B-Base\n" in card.split("---\n")[1] and "trained by GRPO" in card
 
 
@@ -175,12 +198,16 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     for arguments, word in [
             (["--model", "tiny", "--adapter", lora, "--out", tmp_path / "full"], "take another"),
             (["--model", "tiny", "--adapter", lora, "--out", tmp_path / "full" / "a"], "take another"),
-            (["--model", "tiny", "--adapter", lora, "--out", tmp_path / "full" / "a" / "b"], "cannot be written"),
-            (["--model", "tiny", "--adapter", tmp_path / "none", "--out", tmp_path / "o"], "is no adapter folder"),
+            (["--model", "tiny", "--adapter", lora, "--out", tmp_path / "full" / "a" / "b"],
+             "cannot be written"),
+            (["--model", "tiny", "--adapter", tmp_path / "none", "--out", tmp_path / "o"], "is no adapter "
+                                                                                           "folder"),
             (["--model", "tiny", "--adapter", broken, "--out", tmp_path / "o"], "is no adapter folder"),
-            (["--model", tmp_path / "llama", "--adapter", lora, "--out", tmp_path / "o"], "fits its own base only"),
+            (["--model", tmp_path / "llama", "--adapter", lora, "--out", tmp_path / "o"], "fits its own base "
+                                                                                          "only"),
             (["--model", lora, "--adapter", lora, "--out", tmp_path / "o"], "name the base there"),
-            (["--model", tmp_path / "nothing", "--adapter", lora, "--out", tmp_path / "o"], "no such model folder")]:
+            (["--model", tmp_path / "nothing", "--adapter", lora, "--out", tmp_path / "o"],
+             "no such model folder")]:
         capsys.readouterr()
         assert merged(*arguments) == 2, arguments
         error = capsys.readouterr().err
@@ -189,6 +216,8 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
 
 
 def test_merge_as_a_user_would_run_it(runs, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "merge", "--model", "tiny", "--adapter", runs[0] / "sft" / "model", "--out", "m"],
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "merge", "--model", "tiny", "--adapter",
+                           runs[0] / "sft" / "model", "--out", "m"],
                           cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "written: m/" in done.stdout and (tmp_path / "m" / "model.safetensors").exists(), done.stderr
+    assert done.returncode == 0 and "written: m/" in done.stdout and (
+        tmp_path / "m" / "model.safetensors").exists(), done.stderr
