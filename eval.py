@@ -62,10 +62,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
 from data import (TINY, InputError, check_knobs, check_out, described, hub_message, load_task,
-                  one_line_errors,
-                  out_of_memory, printable, write_whole)
+                  one_line_errors, out_of_memory, printable, write_whole)
 from data.prepare import TASKS
 
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
+INSTEAD_OF_HUB = "--model tiny, or --model PATH to a local folder"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -73,8 +74,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 
 def keep_freed_memory():
-    """On Linux with glibc, keeps what is freed for the next tensor; elsewhere does nothing. Called once, at a
-    script's start.
+    """On Linux with glibc, keeps what is freed for the next tensor; elsewhere does nothing. For a start.
 
     Left alone, the C library takes every large tensor fresh from the kernel, which has to zero its pages, and
     gives it back at once (tests/test_survival.py counts the pages). The variables MALLOC_MMAP_THRESHOLD_,
@@ -113,21 +113,27 @@ def pick_dtype(dtype, device):
 
 
 def find_model(name):
-    """(what from_pretrained loads, the adapter folder to put on it or None) of a --model; raises InputError.
+    """What a --model names: (what from_pretrained loads, the adapter folder to put on it or None).
+
+    Raises InputError.
     """
     folder = TINY if name == "tiny" else Path(name).expanduser()
-    if not folder.is_dir() and (name == "tiny" or name.count("/") != 1 or name[0] in "./~"
-                                or folder.exists()):
-        raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id like "
-                         "ORG/NAME is needed)")
-    source = str(folder) if folder.is_dir() else name
-    if folder.is_dir() and not any((folder / file).exists()
-                                   for file in ("config.json", "adapter_config.json")):
-        raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an "
-                         "adapter)")
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        return adapter_base(folder), source
-    return source, None
+    if not folder.is_dir():
+        if folder.exists() or not on_hub(name):
+            raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id "
+                             "like ORG/NAME is needed)")
+        return name, None
+    if (folder / "config.json").exists():
+        return str(folder), None
+    if (folder / "adapter_config.json").exists():
+        return adapter_base(folder), str(folder)
+    raise InputError(f"{name}: the folder has neither config.json (a model) nor adapter_config.json (an "
+                     "adapter)")
+
+
+def on_hub(name):
+    """Whether a model's name has the form of a hub id, ORG/NAME, and no folder here is called so."""
+    return name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
 
 
 def check_base(name, lora=False):
@@ -136,7 +142,7 @@ def check_base(name, lora=False):
     """
     base, adapter = find_model(name)
     if adapter:
-        instead = f"give --model {base} --adapter {name}, or " * lora
+        instead = f"give --model {base} --adapter {name}, or " if lora else ""
         raise InputError(f"--model {name} is an adapter folder, a whole model is needed: {instead}merge "
                          f"it first (python eval.py merge --model {name} --out DIR) and give --model DIR")
 
@@ -151,10 +157,11 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     model's folder is run. Raises InputError for whatever cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute, (source, adapter) = pick_dtype(dtype, device), find_model(name)
+    compute = pick_dtype(dtype, device)
+    source, adapter = find_model(name)
     options = {"dtype": torch.float32 if fp32_weights else compute,
-               "attn_implementation": attn_implementation,
-               "use_safetensors": True, "trust_remote_code": False}  # False, not unset, which asks the user
+               "attn_implementation": attn_implementation, "use_safetensors": True,
+               "trust_remote_code": False}  # False, not unset, which asks the user
     if load_in_4bit:
         try:
             import bitsandbytes  # noqa: F401  (optional; transformers uses it)
@@ -175,58 +182,51 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
             model = PeftModel.from_pretrained(model, adapter)
     except Exception as error:
         # a dozen types of transformers, hub, safetensors and json, one thing to the user: no model
-        kernel = f" with --attn_implementation {attn_implementation}" * (attn_implementation != "sdpa")
-        raise InputError(hub_message(f"model {name}{kernel}", error, "--model tiny, or --model PATH to a "
-                                                                     "local folder")) from error
-    capped = [key
-              for key in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling",
-                          "logit_scale")
-              if getattr(model.config.get_text_config(), key, None) not in (None, 1.0)]
-    capped += ["a bias of the output layer"] if getattr(model.get_output_embeddings(), "bias",
-                                                        None) is not None else []
-    if capped:
-        raise InputError(f"model {name}: {capped[0]} is not supported here (Gemma 2, Granite, Cohere and "
-                         "Phi-2 have such)")
+        kernel = "" if attn_implementation == "sdpa" else f" with --attn_implementation {attn_implementation}"
+        raise InputError(hub_message(f"model {name}{kernel}", error, INSTEAD_OF_HUB)) from error
+    text_config = model.config.get_text_config()
+    unsupported = [key for key in CAPS if getattr(text_config, key, None) not in (None, 1.0)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        unsupported.append("a bias of the output layer")
+    if unsupported:
+        raise InputError(f"model {name}: {unsupported[0]} is not supported here (Gemma 2, Granite, Cohere "
+                         "and Phi-2 have such)")
     if not load_in_4bit:
         model.to(device)
     model.eval()
     if not tokenizer.chat_template:
         begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # so with Gemma, which needs it
-        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
         print(f"model: {name} has no chat template: prompts are plain text ('User: ...', 'Assistant: ')")
-    if tokenizer.pad_token_id is None:
-        # harmless: masks come from positions, never from token values
+    if tokenizer.pad_token_id is None:  # harmless: masks come from positions, never from token values
         tokenizer.pad_token = tokenizer.eos_token
-    parameters = sum(p.numel() for p in model.parameters())
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     weights = "4-bit" if load_in_4bit else str(options["dtype"]).removeprefix("torch.")
-    print(f"model: {name}, {parameters / 1e6:,.1f}M parameters, {weights} weights, computing in "
-          f"{str(compute).removeprefix('torch.')} on "
-          + (torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} "
-                                                                        "threads)"))
+    place = f"cpu ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        place = torch.cuda.get_device_name()
+    print(f"model: {name}, {millions:,.1f}M parameters, {weights} weights, computing in "
+          f"{str(compute).removeprefix('torch.')} on {place}")
     return model, tokenizer, compute
 
 
 def new_adapter(model, r, alpha, seed):
-    """`model` with a fresh LoRA adapter on all its linear layers but the output's, whatever their names
-    (Phi's are fused).
-    """
+    """`model` with a fresh LoRA adapter on all its linear layers but the output's, whatever their names."""
     from peft import LoraConfig, get_peft_model  # a second to import, and full fine-tuning needs none of it
     torch.manual_seed(seed)  # of the first factor; the second starts at zero, so the model starts as it was
-    return get_peft_model(model,
-                          LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear",
-                                     task_type="CAUSAL_LM")).eval()
+    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora).eval()
 
 
 def read_adapter(model, folder, name, adapter_name="default"):
-    """`model` with the trained adapter in `folder` added, ready to be trained on. name: of the model, for
-    messages.
+    """`model` with the trained adapter in `folder` added, ready to be trained on.
 
-    adapter_name: what to call the adapter in the model. Raises InputError.
+    name: of the model, for messages; adapter_name: what to call the adapter in it. Raises InputError.
     """
     from peft import PeftModel
     base = adapter_base(folder)
-    known = model.config._name_or_path
-    if base != known and Path(base).parts[-2:] != Path(known).parts[-2:]:  # folders may have moved, names not
+    loaded = model.config._name_or_path
+    if base != loaded and Path(base).parts[-2:] != Path(loaded).parts[-2:]:  # folders may have moved
         raise InputError(f"adapter {folder} was trained on {base}, not on --model {name}: an adapter fits "
                          "its own base only")
     try:
@@ -269,16 +269,15 @@ def adapter_base(folder):
     try:
         base = json.loads(file.read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{file} cannot be read ({type(error).__name__}): {folder} is no adapter folder") from None
+        raise InputError(f"{file} cannot be read ({type(error).__name__}): {folder} is no adapter "
+                         "folder") from None
     if not base:
         raise InputError(f"{file} names no base model (base_model_name_or_path)")
     return base
 
 
 def pick_encoder(similarity, encoder):
-    """Name of the encoder or cross-encoder of the similarity reward, or "" for word overlap; prints the
-    choice.
+    """Name of the encoder of the similarity reward, or "" for word overlap; prints the choice.
 
     similarity: "embeddings" (an InputError where the encoder cannot be had), "overlap", or "auto".
     """
@@ -297,13 +296,12 @@ def pick_encoder(similarity, encoder):
 
 
 def check_scorers(language_model, reward_model):
-    """Loads the language model of the fluency reward and the trained reward model, "" for none; raises
-    InputError where it can't.
-    """
+    """Loads the language model of the fluency reward and the reward model, "" for none. Raises InputError."""
     for name, load, flag in ((language_model, rewards.load_language_model, "--language_model"),
                              (reward_model, rewards.load_reward_model, "--reward_model")):
         try:
-            load(name) if name else None
+            if name:
+                load(name)
         except Exception as error:
             # a dozen types of transformers, peft and hub, one thing to the user: no model
             made = ("a folder of `python rewards.py train`, or none" if flag == "--reward_model"
@@ -336,9 +334,7 @@ def encode_prompt(tokenizer, messages):
 
 
 def encode_rows(tokenizer, rows, max_prompt_length, what):
-    """[(row, prompt_ids)] of the rows whose prompt fits; prints how many do not. Raises InputError when none
-    does.
-    """
+    """[(row, prompt_ids)] of the rows whose prompt fits; prints how many do not, InputError if none does."""
     encoded = [(row, encode_prompt(tokenizer, row["prompt"])) for row in rows]
     fitting = [(row, ids) for row, ids in encoded if len(ids) <= max_prompt_length]
     if len(fitting) < len(encoded):
@@ -352,19 +348,17 @@ def encode_rows(tokenizer, rows, max_prompt_length, what):
 
 
 def stop_ids(model, tokenizer):
-    """Ids that end a completion: EOS of the generation config, EOS of the tokenizer, and the template's end
-    of turn.
+    """Ids that end a completion: EOS of generation config and tokenizer, and the template's end of turn.
 
     All three are needed: Gemma 3 ends its turns on 106 (<end_of_turn>) while its tokenizer's EOS is 1.
     """
     eos = model.generation_config.eos_token_id
-    return sorted((set(eos if isinstance(eos, list) else [eos])
-                   | {tokenizer.eos_token_id, end_of_turn(tokenizer)}) - {None})
+    ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    return sorted(ids - {None})
 
 
 def end_of_turn(tokenizer):
-    """The id that the chat template writes right after an answer, the tokenizer's EOS where it writes none.
-    """
+    """The id that the chat template writes right after an answer; the tokenizer's EOS if it writes none."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
     turn = tokenizer.apply_chat_template(messages, tokenize=False)
     after = tokenizer(turn.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids[:1]
@@ -375,40 +369,34 @@ def end_of_turn(tokenizer):
 
 
 class SharedPromptCache(DynamicCache):
-    """Keys and values of P prompts, held once each, and of their completions, which grow in place; rows can
-    leave.
+    """Keys and values of P prompts, once each, and of their completions, which grow in place; rows can leave.
 
     prompt: (keys, values) [P, KV heads, S, d] a layer, of prompts padded on the left as prompt_mask [P, S]
-    says. n: completions a prompt; room: most tokens a completion can have. The completions of a prompt stand
-    side by side in a grid [P, KV heads, n, room, d]; `places` says where in it each row of the batch stands.
+    says. n: completions a prompt; longest: most tokens a completion can have. The completions of a prompt
+    stand side by side in a grid [P, KV heads, n, longest, d]; `places` says where in it each row of the batch
+    stands.
     """
 
-    def __init__(self, prompt, prompt_mask, n, room):
+    def __init__(self, prompt, prompt_mask, n, longest):
         super().__init__()
-        # keys [P * KV heads, d, S]
-        self.prompt = [(keys.flatten(0, 1).mT.contiguous(), values.flatten(0, 1)) for keys, values in prompt]
-        bias = torch.zeros_like(prompt_mask,
-                                dtype=prompt[0][0].dtype).masked_fill(prompt_mask == 0, -torch.inf)
-        # added to the scores: [P * KV heads, 1, S]
-        self.bias = bias.repeat_interleave(prompt[0][0].shape[1], dim=0)[:, None]
-        self.own = [[x.new_empty(len(x), x.shape[1], n, room, x.shape[3]) for x in pair] for pair in prompt]
-        self.grid = len(prompt_mask), n
-        # prompt * n + i, ascending
-        self.places = torch.arange(len(prompt_mask) * n, device=prompt_mask.device)
+        P, kv_heads, _, d = prompt[0][0].shape
+        self.prompt = [(keys.flatten(0, 1).mT.contiguous(), values.flatten(0, 1))
+                       for keys, values in prompt]  # [P * KV heads, d, S] and [P * KV heads, S, d]
+        bias = prompt[0][0].new_zeros(prompt_mask.shape).masked_fill(prompt_mask == 0, -torch.inf)
+        self.bias = bias.repeat_interleave(kv_heads, dim=0)[:, None]  # of the scores, [P * KV heads, 1, S]
+        self.completions = [[x.new_empty(P, kv_heads, n, longest, d) for x in pair] for pair in prompt]
+        self.grid = P, n
+        self.places = torch.arange(P * n, device=prompt_mask.device)  # prompt * n + i, ascending
         self.tokens = 0  # of each completion, the one that is being computed included
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Writes the new token of every row; returns the completions so far, [P * KV heads * n, tokens, d],
-        as views.
-        """
-        for buffer, new in zip(self.own[layer_idx], (keys, values)):
+        """Writes the new token of every row; returns views of all so far, [P * KV heads * n, tokens, d]."""
+        for buffer, new in zip(self.completions[layer_idx], (keys, values)):
             buffer.narrow(3, self.tokens - 1, 1).copy_(self.to_grid(new, new.shape[1]))
-        return [buffer.flatten(0, 2).narrow(1, 0, self.tokens) for buffer in self.own[layer_idx]]
+        return [buffer.flatten(0, 2).narrow(1, 0, self.tokens) for buffer in self.completions[layer_idx]]
 
     def keep(self, rows):
-        """Drops all rows but these; the grid shrinks to the prompts that still have some, and to the most
-        that one has.
-        """
+        """Drops all rows but these; the grid shrinks to the prompts left, and to the most rows of one."""
         self.places = self.places[rows]
         old_prompt, i = self.places // self.grid[1], self.places % self.grid[1]
         left, prompt, counts = old_prompt.unique(return_inverse=True, return_counts=True)
@@ -417,7 +405,7 @@ class SharedPromptCache(DynamicCache):
         old_prompts, self.grid = self.grid[0], (len(left), int(counts.max()))
         new_i = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[prompt]
         self.places = prompt * self.grid[1] + new_i
-        for pair in self.own:
+        for pair in self.completions:
             for k, buffer in enumerate(pair):
                 pair[k] = buffer.new_empty(len(left), buffer.shape[1], self.grid[1], *buffer.shape[3:])
                 pair[k][prompt, :, new_i, :self.tokens] = buffer[old_prompt, :, i, :self.tokens]
@@ -453,16 +441,16 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
         prompt_keys, prompt_values = prompt_keys[..., drop:], prompt_values[:, drop:]
         bias = bias[..., drop:]
     S, tokens = prompt_values.shape[1], value.shape[1]
-    # [P * KV heads * n, heads of each, d]
-    query = (shared.to_grid(query, prompt_keys.shape[0] // shared.grid[0]) * scaling).flatten(0, 2)
-    # all queries on one copy
-    on_prompt = torch.baddbmm(bias, query.view(prompt_keys.shape[0], -1, query.shape[2]), prompt_keys)
-    scores = torch.cat([on_prompt, torch.bmm(query, key.mT).view(*on_prompt.shape[:2], -1)], dim=-1)
-    # [P * KV heads, n * heads of each, S + tokens]
+    query = shared.to_grid(query, len(prompt_keys) // shared.grid[0]) * scaling
+    query = query.flatten(0, 2)  # [P * KV heads * n, heads of each, d]
+    on_prompt = query.view(len(prompt_keys), -1, query.shape[2])  # all of a prompt's on its one copy
+    on_prompt = torch.baddbmm(bias, on_prompt, prompt_keys)  # [P * KV heads, n * heads of each, S]
+    on_completion = torch.bmm(query, key.mT).view(*on_prompt.shape[:2], -1)
+    scores = torch.cat([on_prompt, on_completion], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    on_prompt, own = weights.narrow(2, 0, S), weights.narrow(2, S, tokens).reshape(*query.shape[:2], -1)
-    output = torch.baddbmm(torch.bmm(on_prompt, prompt_values).view_as(query), own, value)
-    return shared.to_rows(output), None
+    on_completion = weights.narrow(2, S, tokens).reshape(*query.shape[:2], -1)
+    output = torch.bmm(weights.narrow(2, 0, S), prompt_values).view_as(query)
+    return shared.to_rows(torch.baddbmm(output, on_completion, value)), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("shared_prompt", shared_prompt_attention)
@@ -480,8 +468,8 @@ def group_attention(module, query, key, value, attention_mask, scaling, dropout=
     mask = attention_mask[:1].repeat(1, 1, query.shape[2], 1)
     output = torch.nn.functional.scaled_dot_product_attention(query.flatten(2, 3), key, value, mask, dropout,
                                                               scale=scaling)
-    # [G, T, heads, d]
-    return output.unflatten(2, query.shape[2:4]).flatten(1, 2).transpose(1, 2).contiguous(), None
+    output = output.unflatten(2, query.shape[2:4]).flatten(1, 2)  # [G, heads, T, d]
+    return output.transpose(1, 2).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("group", group_attention)
@@ -490,9 +478,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("group", ALL_MASK_ATTENTION_FUNCTIONS["sdp
 
 @contextmanager
 def attention(model, name, instead_of=None):
-    """Within it the model uses another attention function; only if it is `instead_of` that it uses now, where
-    that is given.
-    """
+    """Within it the model uses another attention function; where `instead_of` is given, instead of that."""
     config = model.config.get_text_config()
     usual = config._attn_implementation
     config._attn_implementation = name if instead_of in (None, usual) else usual
@@ -510,8 +496,7 @@ def few_rows_linear(weight, bias, x):
 
 @contextmanager
 def linears_of_a_token(model):
-    """Within it the decoder's linear layers are quick for one token a row, on CPU in fp32; elsewhere nothing
-    changes.
+    """Within it linear layers are quick for one token a row, on CPU in fp32; elsewhere nothing changes.
 
     They multiply in another order, and a LoRA adapter is folded into a copy of its layer's weight, once,
     instead of two small products a token. No weight of the model is touched.
@@ -524,13 +509,14 @@ def linears_of_a_token(model):
             if adapted:
                 inner |= {id(child) for child in module.modules()} - {id(module)}
             plain = type(base) is torch.nn.Linear and base.weight.dtype == torch.float32
-            if id(module) in inner or not plain or "forward" in vars(module) or getattr(module,
-                                                                                        "lora_variant", None):
-                continue  # 4-bit, half precision, hooks, DoRA: left as they are
+            changed = "forward" in vars(module) or getattr(module, "lora_variant", None)  # by hooks, by DoRA
+            if id(module) in inner or changed or not plain:
+                continue  # as are 4-bit and half precision: left as they are
             weight = base.weight
             if adapted and not module.disable_adapters:
                 for name in module.active_adapters:
-                    weight = weight + module.get_delta_weight(name) if name in module.lora_A else weight
+                    if name in module.lora_A:
+                        weight = weight + module.get_delta_weight(name)
             module.forward = functools.partial(few_rows_linear, weight, base.bias)
             replaced.append(module)
     try:
@@ -568,10 +554,8 @@ def draw(probabilities, uniform, width=512):
 
 
 def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None,
-             stop_strings=(),
-             tokenizer=None):
-    """Samples n completions of each of P prompts (greedily at temperature 0), with the model's own
-    distribution.
+             stop_strings=(), tokenizer=None):
+    """Samples n completions of each of P prompts (greedily at temperature 0) by the model's distribution.
 
     prompt_ids: P lists of token ids, of any lengths. Nothing of the model's generation_config plays in: no
     top-k, top-p or penalties; only `stop_ids` end a completion, and the id that ended it is its last token,
@@ -580,7 +564,8 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     completion_mask (bool) and logps (fp32, nats, at `temperature`; 0 in padding), each [P * n, T], the n
     completions of a prompt in consecutive rows.
     """
-    device, width, rows = model.device, max(len(ids) for ids in prompt_ids), len(prompt_ids) * n
+    device = model.device
+    width, rows = max(len(ids) for ids in prompt_ids), len(prompt_ids) * n
     advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or "
               "--max_completion_length where it was in training, --eval_batch_size where it was in "
               "evaluation")
@@ -589,22 +574,21 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
         logps = torch.zeros(rows, max_new_tokens, device=device)
     with memory_advice(advice), torch.inference_mode():
-        # padded on the left
-        input_ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+        paddings = [width - len(ids) for ids in prompt_ids]  # on the left
+        input_ids = torch.tensor([[0] * pad + ids for pad, ids in zip(paddings, prompt_ids)], device=device)
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in paddings], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         prompt = DynamicCache()
         decoder, output_weight = model.get_decoder(), model.get_output_embeddings().weight
         hidden = decoder(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt)[0]
         cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
         hidden, position_ids = (x[:, -1:].repeat_interleave(n, dim=0) for x in (hidden, position_ids))
-        # active: rows being written
-        active, stops = torch.arange(rows, device=device), torch.tensor(stop_ids, device=device)
+        active = torch.arange(rows, device=device)  # rows that are being written
+        stops = torch.tensor(stop_ids, device=device)
         ends_in_string = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
         with attention(model, "shared_prompt"), linears_of_a_token(model):
             for t in range(max_new_tokens):
-                # for few rows faster on CPU than hidden @ weight.T
-                logits = (output_weight @ hidden[:, -1].T).T.contiguous().float()
+                logits = few_rows_linear(output_weight, None, hidden[:, -1]).float()
                 if temperature not in (0, 1):
                     logits = logits / temperature
                 probabilities = logits.softmax(dim=-1)
@@ -633,9 +617,7 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
 
 @contextmanager
 def memory_advice(advice):
-    """Within it running out of memory ends in one line, an InputError: where it happened and which settings
-    to change.
-    """
+    """Within it running out of memory ends in one line, an InputError: where, and what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -645,9 +627,7 @@ def memory_advice(advice):
 
 
 def decode(tokenizer, completion_ids, completion_mask, stop_strings=()):
-    """Text of each completion: generated tokens only, special tokens left out, cut behind the first of
-    stop_strings.
-    """
+    """Text of each completion: no prompt, no special tokens, cut behind the first of stop_strings."""
     texts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
              for ids, mask in zip(completion_ids.cpu(), completion_mask.cpu())]
     if stop_strings:  # the last token may go on behind the string
@@ -669,14 +649,14 @@ class ChosenLogps(torch.autograd.Function):
     [vocabulary, h].
 
     Logits exist for BLOCK entries of the vocabulary at a time: sums over it are carried along as in flash
-    attention, and backward computes the logits again, but for the last block, which is still there. d logp /
-    d logits = onehot - softmax.
+    attention, and backward computes the logits again, but for the last block, which is still there.
+    d logp / d logits = onehot - softmax.
     """
 
     @staticmethod
-    def logits(hidden, weight, temperature, room):  # [M, some of the vocabulary], fp32
-        logits = room[:, :len(weight)]  # large new tensors are slow on CPU
-        if weight.dtype == room.dtype:
+    def logits(hidden, weight, temperature, buffer):  # [M, block], fp32
+        logits = buffer[:, :len(weight)]  # large new tensors are slow on CPU
+        if weight.dtype == buffer.dtype:
             torch.mm(hidden, weight.T, out=logits)
         else:
             logits.copy_(hidden @ weight.T)
@@ -685,25 +665,27 @@ class ChosenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, temperature):
         width = min(len(weight), BLOCK)
-        room, more_room = (torch.empty(rows, width, device=hidden.device) for rows in (len(hidden), ROWS))
+        buffer = torch.empty(len(hidden), width, device=hidden.device)
+        exponentials = torch.empty(ROWS, width, device=hidden.device)
         peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
-        # sums of e = exp(logit - peak), and e * logit
+        # of e = exp(logit - peak), e * logit
         total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)
-        for some in weight.split(BLOCK):
-            logits = ChosenLogps.logits(hidden, some, temperature, room)
+        for block in weight.split(BLOCK):
+            logits = ChosenLogps.logits(hidden, block, temperature, buffer)
             old_peak, peak = peak, torch.maximum(peak, logits.amax(dim=1, keepdim=True))
             total *= (old_peak - peak).exp()
             weighted *= (old_peak - peak).exp()
-            for x, its_peak, its_total, its_weighted in zip(*(y.split(ROWS)
-                                                              for y in (logits, peak, total, weighted))):
-                exp = torch.sub(x, its_peak, out=more_room[:len(x), :len(some)]).exp_()
-                its_total += exp.sum(dim=1, keepdim=True)
-                its_weighted += (exp[:, None] @ x[:, :, None])[:, 0]
+            for start in range(0, len(hidden), ROWS):
+                rows = slice(start, start + ROWS)
+                x = logits[rows]
+                exp = torch.sub(x, peak[rows], out=exponentials[:len(x), :len(block)]).exp_()
+                total[rows] += exp.sum(dim=1, keepdim=True)
+                weighted[rows] += (exp[:, None] @ x[:, :, None])[:, 0]
         normalizer = peak + total.log()
         chosen = (hidden.float() * weight[tokens].float()).sum(dim=1) / temperature
         entropy = (normalizer - weighted / total)[:, 0]
         ctx.save_for_backward(hidden, weight, tokens, normalizer)
-        ctx.temperature, ctx.room, ctx.last_logits = temperature, room, logits
+        ctx.temperature, ctx.buffer, ctx.last_logits = temperature, buffer, logits
         ctx.mark_non_differentiable(entropy)
         return chosen - normalizer[:, 0], entropy
 
@@ -714,13 +696,13 @@ class ChosenLogps(torch.autograd.Function):
         grad_hidden = grad * weight[tokens]
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # not under LoRA
         for start in reversed(range(0, len(weight), BLOCK)):
-            some = weight[start:start + BLOCK]
+            block = weight[start:start + BLOCK]
             logits, ctx.last_logits = ctx.last_logits, None  # overwritten below, so good for once
             if logits is None:
-                logits = ChosenLogps.logits(hidden, some, ctx.temperature, ctx.room)
+                logits = ChosenLogps.logits(hidden, block, ctx.temperature, ctx.buffer)
             softmax = logits.sub_(normalizer).exp_()
             grad_logits = softmax.mul_(-grad).to(weight.dtype)
-            grad_hidden += grad_logits @ some
+            grad_hidden += grad_logits @ block
             if grad_weight is not None:
                 torch.mm(grad_logits.T, hidden, out=grad_weight[start:start + BLOCK])
         if grad_weight is not None:
@@ -729,9 +711,8 @@ class ChosenLogps(torch.autograd.Function):
 
 
 def chosen_logps(model, hidden, tokens, temperature):
-    """Log-probabilities [M] that the model's output layer gives to `tokens` [M] after the hidden states [M,
-    h], with the entropies [M] of the distributions; fp32, nats. Differentiable in both; no [M, vocabulary]
-    tensor is made.
+    """Log-probabilities [M] that the model's output layer gives to `tokens` [M] after the hidden states
+    [M, h], and the entropies [M] of its distributions; fp32, nats. No [M, vocabulary] tensor is made.
     """
     weight = model.get_output_embeddings().weight
     if torch.is_autocast_enabled(hidden.device.type):  # which does not reach into ChosenLogps
@@ -742,8 +723,7 @@ def chosen_logps(model, hidden, tokens, temperature):
 @contextmanager
 def sparse_embedding_gradient(model):
     """Within it lookups of embeddings give gradients as the rows looked up, not as a matrix of the
-    vocabulary's size for each pass; at its end they are one matrix. Where the embedding is frozen nothing
-    happens.
+    vocabulary's size for each pass; at its end they are one. A frozen embedding stays as it is.
     """
     embedding = model.get_input_embeddings()
     embedding.sparse = embedding.weight.requires_grad
@@ -864,9 +844,7 @@ def summarize_samples(records):
 
 
 def score_completions(texts, rows, **knobs):
-    """The score dict of each completion of its row; knobs: of rewards.compute_scores for free text, else
-    compute_score.
-    """
+    """The score dict of each completion of its row. knobs: of rewards.compute_scores or compute_score."""
     source = rows[0]["data_source"]
     truths, extras = [row["ground_truth"] for row in rows], [row["extra"] for row in rows]
     if source in rewards.METHOD:
@@ -875,10 +853,8 @@ def score_completions(texts, rows, **knobs):
 
 
 def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0,
-             temperature=1.0, seed=0,
-             title="eval", score=score_completions, stop_strings=()):
-    """Answers every row greedily, and `samples` times at `temperature` for pass@k, and scores the answers
-    strictly.
+             temperature=1.0, seed=0, title="eval", score=score_completions, stop_strings=()):
+    """Answers every row greedily, and `samples` times at `temperature`, and scores the answers strictly.
 
     rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of
     score dicts. stop_strings: as in generate. Returns a record an example, in the order of `rows`: id,
@@ -896,21 +872,22 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
         prompts = [rows[i][1] for i in batch]
         with autocast(compute):
             ids, mask, logps = generate(model, prompts, temperature=0.0, **limits)
-            sampled = generate(model, prompts, samples, temperature=temperature, generator=generator,
-                               **limits)[:2] if samples else None
+            if samples:
+                sampled_ids, sampled_mask, _ = generate(model, prompts, samples, temperature=temperature,
+                                                        generator=generator, **limits)
         if logps.isnan().any():
             raise InputError(f"{title}: {NOT_NUMBERS}")
-        texts, own = decode(tokenizer, ids, mask, stop_strings), [rows[i][0] for i in batch]
-        for j, (i, row, text, scored) in enumerate(zip(batch, own, texts, score(texts, own))):
+        texts = decode(tokenizer, ids, mask, stop_strings)
+        answered = [rows[i][0] for i in batch]
+        for j, (i, row, text, scored) in enumerate(zip(batch, answered, texts, score(texts, answered))):
             length = int(mask[j].sum())
+            ended = int(ids[j, length - 1]) in stops or text.endswith(tuple(stop_strings))
             records[i] = {"id": row["id"], "ground_truth": row["ground_truth"],
                           "subject": row["extra"].get("subject", ""), **scored,
-                          "length": length, "completion": text,
-                          "truncated": int(ids[j, length - 1]) not in stops
-                          and not text.endswith(tuple(stop_strings))}
+                          "length": length, "completion": text, "truncated": not ended}
         if samples:
-            texts = decode(tokenizer, *sampled, stop_strings)
-            for j, scored in enumerate(score(texts, [row for row in own for _ in range(samples)])):
+            texts = decode(tokenizer, sampled_ids, sampled_mask, stop_strings)
+            for j, scored in enumerate(score(texts, [row for row in answered for _ in range(samples)])):
                 record = records[batch[j // samples]]
                 record.setdefault("sampled_accuracy", []).append(scored["accuracy"])
                 record.setdefault("sampled_answers", []).append(scored["answer"])
@@ -935,8 +912,7 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
     for i, (row, _) in enumerate(rows):
         context, answers = TASKS[row["data_source"]].harness_prompt(row)
         choices.append(answers)
-        # with what the tokenizer puts in front of a text, as the harness does
-        start = len(tokenizer(context).input_ids)
+        start = len(tokenizer(context).input_ids)  # with what stands in front of a text, as the harness does
         for k, answer in enumerate(answers):
             ids = tokenizer(f"{context} {answer}").input_ids
             tasks.append((ids[-longest - 1:-1], i, k, ids[start:]))
@@ -948,9 +924,9 @@ def option_likelihoods(model, tokenizer, rows, compute, *, batch_size, title="li
                   for ids, i, k, answer in tasks if tuple(ids) in batch]
         width = max(map(len, batch))  # padded on the right: causal attention needs no mask
         with torch.inference_mode(), autocast(compute):
-            hidden = model.get_decoder()(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch],
-                                                      device=model.device),
-                                         use_cache=False)[0]
+            padded = [[*ids, *[0] * (width - len(ids))] for ids in batch]
+            input_ids = torch.tensor(padded, device=model.device)
+            hidden = model.get_decoder()(input_ids, use_cache=False)[0]
             places = [(place, len(ids) - len(answer) + j, token) for place, _, _, ids, answer in wanted
                       for j, token in enumerate(answer)]
             at, position, token = torch.tensor(places, device=model.device).T
@@ -981,14 +957,15 @@ def summarize(records):
     accuracy_ci95, majority_accuracy}) where there are subjects. Of free text, which has no classes, score and
     parts (each mean with its bootstrap interval) instead of majority_accuracy, macro_f1 and answers.
     """
-    truths, answers, n = [r["ground_truth"] for r in records], [r["answer"] for r in records], len(records)
+    truths, answers = [r["ground_truth"] for r in records], [r["answer"] for r in records]
+    n = len(records)
     correct = int(sum(r["accuracy"] for r in records))
     summary = {"accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n}
     if "rule" in records[0]:
         names = ("score", "rule", *FREE_TEXT_PARTS)
         parts = {name: [r[name] for r in records] for name in names if name in records[0]}
-        parts = {name: {"mean": fmean(values), "ci95": bootstrap_interval(values)} for name,
-                 values in parts.items()}
+        parts = {name: {"mean": fmean(values), "ci95": bootstrap_interval(values)}
+                 for name, values in parts.items()}
         summary |= {"score": parts["score"]["mean"], "score_ci95": parts.pop("score")["ci95"], "parts": parts}
     else:
         [(majority_class, count)] = Counter(truths).most_common(1)
@@ -1034,7 +1011,7 @@ def describe(summary):
         text += f", macro-F1 {summary['macro_f1']:.3f}"
     if "format_rate" in summary:
         text += f", format {summary['format_rate']:.3f}, {summary['mean_length']:.0f} tokens"
-    return text + ("" if free_text else f", answers {summary['answers']}")
+    return text if free_text else f"{text}, answers {summary['answers']}"
 
 
 def describe_samples(summary):
@@ -1125,61 +1102,65 @@ def estimate_memory(config, prompt, question):
     Raises InputError where there is no such model.
     """
     try:
+        shapes = AutoConfig.from_pretrained(find_model(config.model)[0], trust_remote_code=False)
         with torch.device("meta"):  # shapes without numbers
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_model(config.model)[0],
-                                                                                trust_remote_code=False))
+            model = AutoModelForCausalLM.from_config(shapes)
     except InputError:
         raise
     except Exception as error:  # what load_model would say
-        raise InputError(hub_message(f"model {config.model}", error, "--model tiny, or --model PATH to a "
-                                                                     "local folder")) from error
-    text, lora_r = model.config.get_text_config(), getattr(config, "lora_r", 0)
-    h, layers, ffn, vocabulary = (text.hidden_size, text.num_hidden_layers, text.intermediate_size,
-                                  text.vocab_size)
+        raise InputError(hub_message(f"model {config.model}", error, INSTEAD_OF_HUB)) from error
+    text = model.config.get_text_config()
+    layers, vocabulary = text.num_hidden_layers, text.vocab_size
+    h, ffn = text.hidden_size, text.intermediate_size
     d = getattr(text, "head_dim", None) or h // text.num_attention_heads
-    # widths of queries, and of keys and values together
-    q, kv = text.num_attention_heads * d, 2 * text.num_key_value_heads * d
+    q = text.num_attention_heads * d  # width of the queries
+    kv = 2 * text.num_key_value_heads * d  # of keys and values together
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     c = pick_dtype(config.dtype, device).itemsize  # bytes of an activation
+
+    # what is there all the time
+    lora_r = getattr(config, "lora_r", 0)
     total, embedding = sum(p.numel() for p in model.parameters()), vocabulary * h
-    trained = sum(lora_r * (m.in_features + m.out_features) for m in model.modules()
-                  if isinstance(m, torch.nn.Linear)
-                  and m is not model.get_output_embeddings()) if lora_r else total
-    weights = 4 * total if not lora_r else c * total
+    trained, weights, adapter = total, 4 * total, 0
+    if lora_r:
+        layers_with_adapter = [module for module in model.modules() if isinstance(module, torch.nn.Linear)
+                               and module is not model.get_output_embeddings()]
+        trained = sum(lora_r * (layer.in_features + layer.out_features) for layer in layers_with_adapter)
+        weights, adapter = c * total, 4 * trained
     if getattr(config, "load_in_4bit", False):
         weights = (total - embedding) * 9 // 16 + c * embedding  # 4 bits, and a scale for every 64 of them
-    parts = {"weights": weights + (4 * trained if lora_r else 0),
-             "reference": (4 * trained if lora_r else weights) if getattr(config, "beta", 0) else 0,
-             "optimizer": 8 * trained}  # Adam's two moments
+    parts = {"weights": weights + adapter, "optimizer": 8 * trained}  # Adam's two moments
+    if getattr(config, "beta", 0):
+        parts["reference"] = adapter or weights
+
     # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms'
-    # scaling, and what goes into the
-    # linear layers after them (6h, or 4h where the scaling is frozen); queries and the attention's output
-    # (2q); four widths of the
-    # MLP (gate, its activation, up, their product). One layer more is at work while it is differentiated.
+    # scaling, and what goes into the linear layers after them (6h, or 4h where the scaling is frozen);
+    # queries and the attention's output (2q); four widths of the MLP (gate, its activation, up, their
+    # product). One layer more is at work while it is differentiated.
     token = c * ((4 if lora_r else 6) * h + 2 * q + 4 * ffn)
     if hasattr(config, "group_size"):
         group, length = config.completions_per_forward or config.group_size, config.max_completion_length
-        new, rows, context = group * length, config.prompts_per_step * config.group_size, prompt + length
+        rows, context = config.prompts_per_step * config.group_size, prompt + length
+        new = group * length  # tokens
         # every completion has its own copy of the prompt's keys and values; queries that share a key lie in
-        # one row, with a mask for
-        # that row, and the attention's output goes back into the usual order
-        activations = (layers + 1) * (prompt * (token + c * kv) + new * (token + c * q)
-                                      + c * kv * group * context
-                                      + 4 * 2 * q // kv * length * context)
+        # one row, with a mask for that row, and the attention's output goes back into the usual order
+        a_layer = (prompt * (token + c * kv) + new * (token + c * q) + c * kv * group * context
+                   + 4 * 2 * q // kv * length * context)
         sampled = (config.prompts_per_step, rows, prompt)
     else:
         new, sampled = config.batch_size * prompt, (0, 0, 0)
-        activations = (layers + 1) * new * (token + c * kv)
+        a_layer = new * (token + c * kv)
     # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come, and their gradients
     block = new * min(vocabulary, BLOCK)
-    # and one of the output layer on its way
-    update = {"gradients": 4 * trained + (0 if lora_r else 4 * embedding),
-              "activations": activations, "logits": (4 if c == 4 else 4 + 2 * c) * block}
+    update = {"gradients": 4 * trained, "activations": (layers + 1) * a_layer,
+              "logits": (4 if c == 4 else 4 + 2 * c) * block}
+    if not lora_r:
+        update["gradients"] += 4 * embedding  # one of the output layer on its way
 
     def sampling(prompts, rows, longest):
-        context = longest + config.max_completion_length
-        return {"key-value cache": layers * c * kv * (prompts * longest
-                                                      + rows * config.max_completion_length),
+        length = config.max_completion_length
+        context = longest + length
+        return {"key-value cache": layers * c * kv * (prompts * longest + rows * length),
                 # logits, probabilities and cumulative sums; while they last, the next logits, twice
                 "logits": 5 * 4 * rows * vocabulary,
                 "activations": max(prompts * longest * (4 * h + q + kv + 3 * ffn) * c,
@@ -1198,13 +1179,11 @@ def free_memory():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = [int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
             if line.startswith("MemAvailable")]
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        # v2, v1
+    groups = Path("/sys/fs/cgroup")
+    for limit, used in ((groups / "memory.max", groups / "memory.current"),  # version 2, version 1
+                        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes")):
         try:
-            free.append(
-                int((Path("/sys/fs/cgroup") / limit).read_text()) - int(
-                    (Path("/sys/fs/cgroup") / used).read_text()))
+            free.append(int(limit.read_text()) - int(used.read_text()))
         except (OSError, ValueError):
             continue  # no such file, or "max": no limit
     return min(free)
@@ -1215,54 +1194,52 @@ def doctor(config, train, heldout):
     the disk, and whether the libraries are those that it was tested with. Warns, never refuses. Rows are not
     tokenized yet: three characters count as a token. Returns the bytes that the process holds so far.
     """
-    limit = getattr(config, "max_prompt_length", 0) or config.max_seq_length
-    prompt, question = (min(limit,
-                            max(sum(len(m["content"]) for m in row["prompt"])
-                                + len(row["target"]) * (rows is train and not hasattr(
-        config, "group_size")) for row in rows) // 3) for rows in (train, heldout[:config.eval_size]))
+    grpo = hasattr(config, "group_size")
+
+    def characters(row, with_target):
+        return sum(len(message["content"]) for message in row["prompt"]) + len(row["target"]) * with_target
+
+    limit = config.max_prompt_length if grpo else config.max_seq_length
+    prompt = min(limit, max(characters(row, not grpo) for row in train) // 3)
+    question = min(limit, max(characters(row, False) for row in heldout[:config.eval_size]) // 3)
     parts = estimate_memory(config, prompt, question)
     needed, free = sum(parts.values()), free_memory()
-    checkpoint = parts["optimizer"] * 3 // 2 + parts["reference"]
-    place = next(path
-                 for path in (Path(config.out or "runs").absolute(),
-                              *Path(config.out or "runs").absolute().parents) if path.is_dir())
+    checkpoint = parts["optimizer"] * 3 // 2 + parts.get("reference", 0)
+    out = Path(config.out or "runs").absolute()
+    place = next(path for path in (out, *out.parents) if path.is_dir())
     room = shutil.disk_usage(place).free
     print(f"doctor: about {needed / 1e9:.2g} GB of memory needed at most ({described_memory(parts)}), "
           f"{free / 1e9:.3g} GB free; a checkpoint takes {checkpoint / 1e9:.2g} GB of {room / 1e9:.3g} GB "
           "on the disk")
     if needed > free:
         lower = "a lower --batch_size or"
-        if hasattr(config, "group_size"):
+        if grpo:
             lower = "--completions_per_forward 1, a lower --prompts_per_step, --group_size or"
         print(f"WARNING: this will probably not fit into memory: try {lower} --eval_batch_size, or a smaller "
               "--model")
     if 2 * checkpoint + parts["weights"] > room:  # the old checkpoint is kept while the new one is written
         print(f"WARNING: {place} will probably be full before the run ends: take another --out, or make room")
-    wanted = dict(line.split("==")
-                  for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines()
-                  if "==" in line and line[0] != "#")
+    requirements = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in requirements if "==" in line and line[0] != "#")
     for name in ("torch", "transformers", "peft"):
-        found = importlib.metadata.version(name).partition("+")[0]
-        if found != wanted[name]:
-            print(f"WARNING: {name} {found} is installed, tested was {wanted[name]} (requirements.txt)")
-    # what the process holds before anything is loaded: Python, torch, the libraries, the rows; on a GPU
-    # tensors alone are counted
+        installed = importlib.metadata.version(name).partition("+")[0]
+        if installed != tested[name]:
+            print(f"WARNING: {name} {installed} is installed, tested was {tested[name]} (requirements.txt)")
+    # Python, torch, the libraries, the rows; on a GPU tensors alone are counted
     return 0 if torch.cuda.is_available() else round(peak_memory_gb() * 1e9)
 
 
 def longest_rows(config, train, heldout, libraries):
-    """For --dry_run: (training rows of a step, held-out rows of a batch, estimate_memory of them), the
-    longest that there are.
+    """For --dry_run: the longest training rows of a step and held-out rows of a batch, and estimate_memory.
 
     train: [(row, prompt_ids)], of sft [(prompt_ids, completion_ids)]. libraries: what doctor returned.
     """
-    def length(item):
-        return len(item[1]) if hasattr(config, "group_size") else len(item[0]) + len(item[1])
+    grpo = hasattr(config, "group_size")
 
-    if hasattr(config, "group_size"):
-        a_step = config.prompts_per_step
-    else:
-        a_step = config.batch_size * config.gradient_accumulation_steps
+    def length(item):
+        return len(item[1]) if grpo else len(item[0]) + len(item[1])
+
+    a_step = config.prompts_per_step if grpo else config.batch_size * config.gradient_accumulation_steps
     train = sorted(train, key=length, reverse=True)[:a_step]
     heldout = sorted(heldout, key=lambda item: len(item[1]), reverse=True)[:config.eval_batch_size]
     estimate = estimate_memory(config, length(train[0]), len(heldout[0][1])) | {"libraries": libraries}
@@ -1270,12 +1247,9 @@ def longest_rows(config, train, heldout, libraries):
 
 
 def print_dry_run(metrics, estimate, steps):
-    """Says what a step of a dry run took. estimate: of longest_rows; steps: of the whole run, None where it
-    counts epochs.
-    """
+    """Says what a step of a dry run took. estimate: of longest_rows; steps: of the whole run."""
     seconds = metrics.get("generate_seconds", 0) + metrics["update_seconds"]
-    whole = (f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside" if steps
-             else "")
+    whole = f"; {steps} steps take about {seconds * steps / 60:.1f} minutes, evaluations aside"
     print(f"dry run: a step with the longest prompts took {seconds:.2f} s{whole}")
     print(f"dry run: memory {metrics['peak_memory_gb']:.2f} GB at the peak, "
           f"{sum(estimate.values()) / 1e9:.2f} GB estimated ({described_memory(estimate)})")
@@ -1283,17 +1257,15 @@ def print_dry_run(metrics, estimate, steps):
 
 def described_memory(parts):
     """The parts of estimate_memory for the console, the largest first."""
-    return ", ".join(f"{name} {size / 1e9:.2g}" for name,
-                     size in sorted(parts.items(), key=lambda part: -part[1]) if size)
+    largest_first = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {size / 1e9:.2g}" for name, size in largest_first if size)
 
 
 # === console and metrics of the scripts =====================================================================
 
 
 def compare(before_records, after_records):
-    """Before and after on the same rows: prints the table, returns {"before", "after", "paired"} for
-    summary.json.
-    """
+    """Before and after on the same rows: prints the table; {"before", "after", "paired"} for summary.json."""
     before, after = summarize(before_records), summarize(after_records)
     paired = paired_test(before_records, after_records)
     better = "after" if paired["only_after"] > paired["only_before"] else "before"
@@ -1325,8 +1297,7 @@ def describe_pair(paired, n):
 
 
 def early_warnings(summary, config, task):
-    """What the evaluation before training says against starting it: lines, each with the command to type;
-    often none.
+    """What the evaluation before training says against starting it: lines, each with the command to type.
 
     summary: of summarize; config: of a GRPO script; task: whose rows, as sft.py calls it.
     """
@@ -1361,9 +1332,7 @@ def rollout_metrics(groups):
     parts = [key for key in scores[0] if key not in ("score", "accuracy", "format_ok", "answer")]
     return {"reward": fmean(s["score"] for s in scores),
             **{f"reward_{key}": fmean(s[key] for s in scores) for key in parts},
-            "reward_std": fmean(torch.tensor([s["score"] for s in group["scores"]],
-                                             dtype=torch.float64).std().item()
-                                for group in groups),
+            "reward_std": fmean(numpy.std([s["score"] for s in group["scores"]], ddof=1) for group in groups),
             "zero_std_groups": sum(group["zero_std"] for group in groups),
             "accuracy": fmean(s["accuracy"] for s in scores),
             "completion_length": lengths.float().mean().item(),
@@ -1409,8 +1378,7 @@ def versions():
 class Config:
     """Scores a model on the held-out questions of a task."""
 
-    # which dataset module reads the data
-    task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "pubmedqa"
+    task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "pubmedqa"  # whose rows
     model: str = "tiny"  # tiny, a model folder, an adapter folder, or a hub id
     models: tuple[str, ...] = ()  # instead: heads to compare, each NAME=MODEL or NAME=MODEL+ADAPTER
     mode: Literal["generated", "loglikelihood", "both"] = "generated"  # answers: written, or the likeliest
@@ -1473,7 +1441,9 @@ def parse_heads(models):
         if not (name and equals and model):
             raise InputError(f"--models {text}: the form is NAME=MODEL or NAME=MODEL+ADAPTER")
         plus = not Path(model).is_dir() and "+" in model  # a folder's own name may hold one
-        model, _, adapter = model.rpartition("+") if plus else (model, "", "")
+        adapter = ""
+        if plus:
+            model, _, adapter = model.rpartition("+")
         if plus and not (Path(adapter) / "adapter_config.json").exists():
             raise InputError(f"--models {text}: {adapter} is no adapter folder (it has no "
                              "adapter_config.json)")
@@ -1487,9 +1457,7 @@ def parse_heads(models):
 
 
 def check_weights(weights, *more):
-    """Raises InputError unless `weights`, {part: weight} of free text, has known parts (or `more`), all above
-    0.
-    """
+    """Raises InputError unless `weights`, {part: weight} of free text, has our parts (or `more`), above 0."""
     parts = (*rewards.WEIGHTS["hybrid"], *more)
     for part, weight in weights.items():
         if part not in parts or not (isinstance(weight, int | float) and 0 < weight < math.inf):
@@ -1510,13 +1478,15 @@ def pick_weights(config, heads, source):
         weights, whose = rewards.WEIGHTS[config.method], f"--method {config.method}"
     else:
         folders = dict.fromkeys(adapter or model for _, model, adapter in heads)
-        trained = {folder: own for folder in folders if (own := trained_on(folder))}
-        for folder, own in trained.items():
+        trained = {folder: trained_on(folder) for folder in folders}
+        trained = {folder: trained_weights for folder, trained_weights in trained.items() if trained_weights}
+        for folder, trained_weights in trained.items():
             first = next(iter(trained))
-            if own != trained[first]:
-                raise InputError(f"{first} was trained on {mixed(trained[first])}, {folder} on {mixed(own)}: "
-                                 "say by which to score, with --method or --weights")
-            weights, whose = own, f"what {folder} was trained on"
+            if trained_weights != trained[first]:
+                raise InputError(f"{first} was trained on {mixed(trained[first])}, {folder} on "
+                                 f"{mixed(trained_weights)}: say by which to score, with --method or "
+                                 "--weights")
+            weights, whose = trained_weights, f"what {folder} was trained on"
     there = {part: weight for part, weight in weights.items()
              if (part != "fluency" or config.language_model) and (part != "learned" or config.reward_model)}
     if not there:
@@ -1528,8 +1498,7 @@ def pick_weights(config, heads, source):
 
 
 def trained_on(folder):
-    """{part: weight} that the GRPO run of a trained folder weighed free text by, {} where there is no such
-    run's config.json.
+    """{part: weight} that the GRPO run of a trained folder weighed free text by; {} if no config.json says.
     """
     folder = Path(folder).expanduser()
     if str(folder) == "tiny" or not folder.is_dir():
@@ -1569,29 +1538,25 @@ def score_heads(config, heads, rows):
                              f"(--max_prompt_length {config.max_prompt_length}): raise it, so that all "
                              "answer the same")
         answered = [row for row, _ in encoded]
-        own = [(name, adapter) for name, of, adapter in heads if of == source]
-        for name, adapter in own:
+        adapters = {name: adapter for name, base, adapter in heads if base == source}
+        for name, adapter in adapters.items():
             if adapter:
                 model = read_adapter(model, adapter, source, name)
-        for name, adapter in own:
+        for name, adapter in adapters.items():
             if adapter:
                 model.set_adapter(name)
-            # the base under the adapters of other heads
-            bare = not adapter and any(other for _, other in own)
+            bare = not adapter and any(adapters.values())  # the base under the adapters of other heads
             with model.disable_adapter() if bare else nullcontext():
                 results[name] = {}
                 if config.mode in ("generated", "both"):
                     results[name]["generated"] = evaluate(
-                        model, tokenizer, encoded, compute,
-                        max_completion_length=config.max_completion_length, title=name,
-                        batch_size=config.eval_batch_size, samples=config.samples,
-                        temperature=config.temperature, seed=config.seed,
-                        stop_strings=config.stop_strings,
+                        model, tokenizer, encoded, compute, title=name, batch_size=config.eval_batch_size,
+                        max_completion_length=config.max_completion_length, samples=config.samples,
+                        temperature=config.temperature, seed=config.seed, stop_strings=config.stop_strings,
                         score=functools.partial(score_completions, **free_text))
                 if config.mode in ("loglikelihood", "both"):
-                    results[name]["loglikelihood"] = option_likelihoods(model, tokenizer, encoded, compute,
-                                                                        title=name,
-                                                                        batch_size=config.eval_batch_size)
+                    results[name]["loglikelihood"] = option_likelihoods(
+                        model, tokenizer, encoded, compute, title=name, batch_size=config.eval_batch_size)
             for mode, records in results[name].items():
                 print(f"{name}, {mode}: {describe(summarize(records))}")
     return {name: results[name] for name, *_ in heads}, answered
@@ -1613,37 +1578,31 @@ def write_results(folder, files):
 
 def compare_heads(config, folder, rows, results):
     """Writes results.jsonl, summary.json and report.html of score_heads, and prints the paired tests."""
-    summaries = {name: {mode: summarize(records) for mode, records in modes.items()} for name,
-                 modes in results.items()}
+    summaries = {name: {mode: summarize(records) for mode, records in modes.items()}
+                 for name, modes in results.items()}
     paired = []
     for one, two in itertools.combinations(results, 2):
         for mode in results[one]:
-            a, b = (results[name][mode] for name in (one, two))
-            test = paired_test(a, b)
+            test = paired_test(results[one][mode], results[two][mode])
             paired.append({"before": one, "after": two, "mode": mode, **test})
-            print(f"{one} -> {two}, {mode}: {headline(summaries[one][mode])[0]:.3f} -> "
-                  f"{headline(summaries[two][mode])[0]:.3f}, "
-                  + describe_pair(test, len(a)))
+            before, after = (headline(summaries[name][mode])[0] for name in (one, two))
+            print(f"{one} -> {two}, {mode}: {before:.3f} -> {after:.3f}, {describe_pair(test, len(rows))}")
     lines = []
     for i, row in enumerate(rows):
         answers = {mode: {name: modes[mode][i] for name, modes in results.items()}
                    for mode in next(iter(results.values()))}
         lines.append({"id": row["id"], "question": row["extra"]["question"],
-                      "options": row["extra"].get("options", []),
-                      "ground_truth": row["ground_truth"], "subject": row["extra"].get("subject", ""),
-                      "answers": answers.get("generated") or {}, "loglikelihood": answers.get("loglikelihood")
-                      or {}})
+                      "options": row["extra"].get("options", []), "ground_truth": row["ground_truth"],
+                      "subject": row["extra"].get("subject", ""), "answers": answers.get("generated") or {},
+                      "loglikelihood": answers.get("loglikelihood") or {}})
     summary = {"heads": summaries, "paired": paired, "config": asdict(config), "versions": versions()}
     page = report_html(f"{config.task}: {', '.join(results)}", summaries, lines, paired)
     write_results(folder, {"results.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
-                           "report.html": page,
-                           "summary.json": json.dumps(summary, indent=1) + "\n"})
+                           "report.html": page, "summary.json": json.dumps(summary, indent=1) + "\n"})
 
 
 def main(config):
-    """Scores one model, or compares several heads, as `config` says, and writes the result folder. Raises
-    InputError.
-    """
+    """Scores one model, or compares several heads, and writes the result folder. Raises InputError."""
     check_knobs(config, "temperature", "eval_size")
     heads = parse_heads(config.models or (f"model={config.model}",))
     if config.mode != "generated" and config.task not in ("pubmedqa", "medmcqa"):
@@ -1678,8 +1637,9 @@ def main(config):
         return
     [modes] = results.values()
     records = modes.get("generated") or modes["loglikelihood"]
-    summary = {**summarize(records),
-               **({"loglikelihood": summarize(modes["loglikelihood"])} if config.mode == "both" else {})}
+    summary = summarize(records)
+    if config.mode == "both":
+        summary["loglikelihood"] = summarize(modes["loglikelihood"])
     summary |= {"config": asdict(config), "versions": versions()}
     write_results(folder, {"eval.jsonl": "".join(json.dumps(record) + "\n" for record in records),
                            "summary.json": json.dumps(summary, indent=1) + "\n"})
@@ -1896,8 +1856,8 @@ def model_card(config, dtype):
     name, data = Path(config.out).name, "data that are not known"
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation",
                              tags=["medical", "question-answering"])
-    if base.count("/") == 1 and not Path(base).exists():
-        metadata.base_model = base  # on the hub
+    if on_hub(base):
+        metadata.base_model = base
     if task and settings:
         data = f"{task} ({settings['data']})"
     if task and settings and results:
