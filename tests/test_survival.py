@@ -26,7 +26,7 @@ import grpo_pubmedqa
 import rewards
 import sft
 from conftest import ROOT, save_family
-from data import one_line_errors, printable
+from data import ecg, load_task, one_line_errors, printable, pubmedqa
 from data.run import Run, collapse_warnings, not_finite
 from test_cli import metrics, same_but_for_clocks
 
@@ -296,9 +296,9 @@ def state_of(folder):
 
 @scripts
 def test_resume_with_other_rows_is_refused(script, tmp_path, monkeypatch, capsys):
-    from data import medmcqa, pubmedqa
+    from data import ecg, medmcqa, pubmedqa
 
-    task = {grpo_medmcqa: medmcqa, sft: medmcqa, grpo_pubmedqa: pubmedqa, grpo_ecg: evaluation.ecg}[script]
+    task = {grpo_medmcqa: medmcqa, sft: medmcqa, grpo_pubmedqa: pubmedqa, grpo_ecg: ecg}[script]
     rows = task.load_rows("builtin", limit=120)[0][:30]
     flags = [*RUNS[script], "--data", tmp_path / "rows", "--out", tmp_path / "run"]
 
@@ -484,7 +484,7 @@ def test_nobody_writes_into_the_folder_of_a_stopped_run(stopped, tmp_path, capsy
     folder = stopped(grpo_pubmedqa, tmp_path / "run")
     before = state_of(folder)
     (tmp_path / "rows").mkdir()
-    for side, rows in zip(("train", "heldout"), evaluation.ecg.load_rows("builtin", limit=40)[:2]):
+    for side, rows in zip(("train", "heldout"), ecg.load_rows("builtin", limit=40)[:2]):
         (tmp_path / "rows" / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def train():
@@ -907,7 +907,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(h, layers, vocab
 
 def test_the_doctor_warns_and_takes_no_time(capsys, monkeypatch, tmp_path):
     config = grpo_pubmedqa.Config(model="tiny", data="builtin", out=str(tmp_path / "not" / "yet"))
-    train, heldout, _ = evaluation.load_task(evaluation.pubmedqa, config)
+    train, heldout, _ = load_task(pubmedqa, config)
     evaluation.doctor(config, train, heldout)
     capsys.readouterr()
     begin = time.process_time()
@@ -927,7 +927,7 @@ def test_the_doctor_warns_and_takes_no_time(capsys, monkeypatch, tmp_path):
 def test_memory_is_told_without_proc_too(monkeypatch):  # macOS
     exists, read = Path.exists, Path.read_text
     config = grpo_pubmedqa.Config(model="tiny", data="builtin")
-    rows = evaluation.load_task(evaluation.pubmedqa, config)
+    rows = load_task(pubmedqa, config)
     monkeypatch.setattr(Path, "exists", lambda path, **options: not str(path).startswith("/proc") and exists(path, **options))
     monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read(path if not str(path).startswith("/proc") else Path("/none"), *a, **k))
     assert evaluation.free_memory() > 1e8 and evaluation.peak_memory_gb() > 0.1
