@@ -1,5 +1,5 @@
-"""The folder of a training run: what is written into it, how it goes on after a stop, what goes wrong in a
-step.
+"""The folder of a training run: what it holds, how a stopped run goes on, what is done when a step goes
+wrong.
 
     config.json        the settings at launch, the fingerprints of the rows; locked while a process works
     metrics.jsonl      a line a step
@@ -399,11 +399,11 @@ class Run:
         return None
 
     def _records_until(self, name, step):
-        """The records of a log up to a step, and up to half a line that was written when the run was killed.
+        """The records of a log up to a step; half a line, of a run that was killed, and what follows are cut.
         """
         records = []
-        for line in (self.folder / f"{name}.jsonl").read_text(encoding="utf-8",
-                                                              errors="replace").splitlines():
+        text = (self.folder / f"{name}.jsonl").read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
@@ -432,8 +432,8 @@ class Run:
         if len(list(self.folder.glob("bad_batch_*.json"))) < 10:
             batch = [{key: value.tolist() if isinstance(value, torch.Tensor) else value
                       for key, value in group.items()} for group in groups]
-            self._write(file.name, json.dumps({"step": step, "not_finite": bad, **numbers, "batch": batch})
-                        + "\n")
+            record = {"step": step, "not_finite": bad, **numbers, "batch": batch}
+            self._write(file.name, json.dumps(record) + "\n")
         words = (f"step {step}: {' and '.join(bad).replace('_', ' ')} not finite (NaN or infinite), the "
                  f"update is skipped; the batch is in {file}")
         tqdm.write(f"WARNING: {words}", file=sys.stderr)
@@ -562,9 +562,8 @@ def retry_with_less_memory(config, optimizer, attempt):
         optimizer.zero_grad()  # and out of the except block, where the failed attempt's tensors are free
         torch.cuda.empty_cache()
         config.completions_per_forward = size // 2
-        tqdm.write(f"out of memory: going on with --completions_per_forward {size // 2} (slower, the same "
-                   "gradient)",
-                   file=sys.stderr)
+        words = f"--completions_per_forward {size // 2} (slower, the same gradient)"
+        tqdm.write(f"out of memory: going on with {words}", file=sys.stderr)
 
 
 def collapse_warnings(history, settings, window=10):
@@ -621,10 +620,11 @@ def gaming_warnings(records, window=20):
     records = records[-2 * window:]
     if len(records) < 2 * window:
         return {}
-    learned, rule = (fmean(record[name]
-                           for record in records[window:]) - fmean(record[name]
-                                                                   for record in records[:window])
-                     for name in ("reward_learned", "reward_rule"))
+
+    def rise(name):
+        return fmean(r[name] for r in records[window:]) - fmean(r[name] for r in records[:window])
+
+    learned, rule = rise("reward_learned"), rise("reward_rule")
     if not (learned > 0.02 and rule < -0.02):
         return {}
     return {"gamed": (
