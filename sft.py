@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the warm start before GRPO, for any task that has gold completions.
+"""Supervised training: the warm start before GRPO, for any task that has gold completions, and a reward model.
 
     python sft.py --task medmcqa                       GPU: a LoRA adapter for Qwen3-4B-Base on the hub's MedMCQA
                                                        no GPU: the built-in model and items, about 3 minutes
@@ -6,25 +6,37 @@
     python sft.py --task medmcqa --data PATH           your own rows: what data.prepare reads, or has prepared
     python sft.py --task medmcqa --lora_r 0            all weights instead of an adapter
     python sft.py --help                               every knob
+    python sft.py reward_model --data PREPARED --out DIR
+                                                       a reward model for free-text answers, on preference pairs
+                                                       made from prepared rows (see train_reward_model)
 
-The model sees prompt and completion and is trained on the completion's tokens alone, end of turn included; a batch's loss is
-the mean over its tokens. Rows that are longer than --max_seq_length are left out and counted, never cut: a cut would take
-the answer off. Ends with the same table before/after as the GRPO scripts, on the same held-out rows.
+The model sees prompt and completion and is trained on the completion's tokens alone, end of turn included; a
+batch's loss is the mean over its tokens. Rows that are longer than --max_seq_length are left out and counted,
+never cut: a cut would take the answer off. Ends with the same table before/after as the GRPO scripts, on the
+same held-out rows.
 """
 import ctypes
+import json
 import random
+import re
+import sys
+import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
-from data import InputError, check_knobs, load_task, one_line_errors
+import rewards
+from data import InputError, check_knobs, check_row, hub_message, load_task, one_line_errors, read_records
 
 GPU = torch.cuda.is_available()
 LLAMA = "meta-llama/Llama-3.2-3B-Instruct"
@@ -277,7 +289,234 @@ def parse(arguments=None):
     return config
 
 
+# === a reward model, on preference pairs ====================================================================
+
+SWAPS = dict(pair.split("/") for pair in (
+    "left/right right/left elevation/depression depression/elevation prolonged/shortened shortened/prolonged "
+    "bradycardia/tachycardia tachycardia/bradycardia increase/decrease decrease/increase increases/decreases "
+    "increased/decreased decreased/increased high/low low/high higher/lower lower/higher elevated/reduced "
+    "reduced/elevated wide/narrow narrow/wide widened/narrowed long/short short/long peaked/flat "
+    "inverted/upright normal/abnormal abnormal/normal regular/irregular irregular/regular first/third "
+    "anterior/posterior inferior/superior acute/chronic chronic/acute early/late rapid/slow fast/slow "
+    "slow/fast positive/negative negative/positive hyperkalemia/hypokalemia hypokalemia/hyperkalemia "
+    "atrial/ventricular ventricular/atrial more/less before/after improve/worsen").split())
+TAKEN_BACK = ("{} All of this is wrong.", "{} Disregard the above.", "{} The opposite is true.",
+              "The following is false: {}")
+
+
+@dataclass
+class RewardModel:
+    """Trains a reward model on preference pairs made from prepared free-text rows: the gold answer against a
+    worse one.
+    """
+
+    data: str  # folder of data.prepare (train.jsonl, heldout.jsonl)
+    model: str = "tiny"  # model to start from: tiny (the built-in one), a folder, or a hub id
+    out: str = "runs/reward-model"  # folder to write
+    lora_r: int = 0  # rank of a LoRA adapter (0 = train all weights)
+    num_epochs: int = 1  # passes over the rows; each makes other pairs
+    batch_size: int = 16  # questions in a step; pairs of up to four kinds, drawn, for each
+    learning_rate: float = 5e-4  # peak of AdamW's (5e-4: tiny; 1e-5: all of a real model; 1e-4: its LoRA)
+    max_length: int = 512  # tokens of question and answer
+    limit: int = 0  # use only so many training rows (0 = all)
+    eval_size: int = 400  # held-out questions to measure on
+    seed: int = 0  # of pairs, order and the fresh output layer
+
+
+def free_text_rows(path):
+    """The prepared rows of a file from which pairs can be made, at least two; raises InputError."""
+    try:
+        records = read_records(path)
+        for where, row in records:
+            check_row(row, where)
+    except InputError as error:
+        raise InputError(f"{error} (python -m data.prepare ecg makes such rows)") from None
+    rows = [row for _, row in records if row["data_source"] in rewards.METHOD and row["ground_truth"].strip()]
+    if len(rows) < 2:
+        raise InputError(f"{path}: {len(rows)} free-text rows where at least 2 are needed (sources "
+                         f"{', '.join(rewards.METHOD)})")
+    return rows
+
+
+def corruptions(answer, other, generator):
+    """{kind: a worse answer} made from a gold answer: another question's, a finding negated (or its negation
+    dropped), a number changed, a word's antonym in its place, the end cut off, all of it taken back or ruled
+    out, a full stop; kinds that would leave it as it is are missing.
+    """
+    made = {"another question's answer": other, "taken back": generator.choice(TAKEN_BACK).format(answer),
+            "ruled out": f"Ruled out: {answer}", "full stop": "."}
+    spelled = answer.split()
+    bare = [word.strip(".,;:").lower() for word in spelled]
+    if "no" in bare or "not" in bare:
+        made["negated"] = " ".join(word for word, plain in zip(spelled, bare) if plain not in ("no", "not"))
+    elif bare[:1] == ["yes"]:
+        made["negated"] = "No" + answer.lstrip()[3:]
+    else:  # every place before a finding, or before a content word, will do
+        findings = [i for i, word in enumerate(bare) if rewards.stem(word) in rewards.phrases()]
+        place = generator.choice(findings or range(len(spelled)))
+        made["negated"] = " ".join([*spelled[:place], "no", *spelled[place:]])
+
+    def put(match, text):
+        return answer[:match.start()] + text + answer[match.end():]
+
+    numbers = list(re.finditer(r"\d+(?:\.\d+)?", answer))
+    if numbers:
+        number = generator.choice(numbers)
+        changed = float(number[0]) * generator.choice((0.5, 0.7, 1.5, 2.0, 3.0))
+        made["number"] = put(number, f"{changed:.{len(number[0].partition('.')[2])}f}")
+    swappable = [match for match in re.finditer(r"[A-Za-z]+", answer) if match[0].lower() in SWAPS]
+    if swappable:
+        word = generator.choice(swappable)
+        opposite = SWAPS[word[0].lower()]
+        made["antonym"] = put(word, opposite.capitalize() if word[0][0].isupper() else opposite)
+    if len(spelled) > 3:
+        made["truncated"] = " ".join(spelled[:generator.randint(len(spelled) // 4 + 1, len(spelled) * 3 // 4)])
+    return {kind: text for kind, text in made.items() if rewards.plain(text) != rewards.plain(answer)}
+
+
+def pairs_of(rows, generator, most=0):
+    """[(kind, question, gold answer, worse answer)] of prepared rows, one of each kind that can be made, or
+    `most` kinds drawn.
+    """
+    golds, pairs = [row["ground_truth"] for row in rows], []
+    for row, gold in zip(rows, golds):
+        made = list(corruptions(gold, generator.choice(golds), generator).items())
+        chosen = generator.sample(made, most) if 0 < most < len(made) else made
+        pairs += [(kind, row["extra"]["question"], gold, worse) for kind, worse in chosen]
+    return pairs
+
+
+def pair_scores(model, tokenizer, pairs, max_length):
+    """[2, N]: what a reward model gives the gold answers of pairs, and the worse ones."""
+    texts = [rewards.asked(question, gold) for _, question, gold, _ in pairs]
+    texts += [rewards.asked(question, worse) for _, question, _, worse in pairs]
+    inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, padding_side="right",
+                       return_tensors="pt").to(model.device)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return logits[:, 0].float().view(2, -1)
+
+
+def train_reward_model(config):
+    """Trains and saves a one-output classifier: loss -log sigmoid(score of the gold answer - score of the
+    worse one) (Bradley and Terry 1952, doi:10.2307/2334029; Ouyang et al. 2022, arXiv:2203.02155).
+
+    Writes into config.out what from_pretrained loads (or a LoRA adapter), normalisation.json (mean and
+    standard deviation of its scores on the held-out pairs) and summary.json (accuracy on held-out questions
+    by kind of corruption), and returns the summary. Raises InputError.
+    """
+    check_knobs(config, "lora_r")
+    out = Path(config.out).resolve()
+    if not config.out:
+        raise InputError("--out is empty: name the folder to write")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"--out {config.out} is there already, and not an empty folder: take another")
+    evaluation.check_base(config.model)
+    train = free_text_rows(Path(config.data) / "train.jsonl")[:config.limit or None]
+    heldout = free_text_rows(Path(config.data) / "heldout.jsonl")[:config.eval_size]
+
+    # --- the model, with a fresh output layer
+    torch.manual_seed(config.seed)
+    source, _ = evaluation.find_model(config.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    except Exception as error:  # a dozen types of transformers and hub, one thing to the user: no model
+        advice = "--model tiny, or --model PATH to a local folder"
+        raise InputError(hub_message(f"model {config.model}", error, advice)) from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
+    model.to("cuda" if GPU else "cpu")
+    if config.lora_r:
+        model = get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r,
+                                                 target_modules="all-linear", task_type="SEQ_CLS"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise InputError(f"--out {config.out} cannot be written ({error.strerror})") from None
+    with aside, evaluation.memory_advice(f"in training on {config.batch_size} questions at once: lower "
+                                         "--batch_size or --max_length, or take a smaller --model"):
+        steps = fit_pairs(config, model, tokenizer, train, len(heldout))
+        scale, measured = measure_pairs(config, model, tokenizer, heldout)
+        summary = {**measured, "base": config.model, "data": config.data, "steps": steps, "seed": config.seed}
+        new = Path(aside.name) / "model"
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "normalisation.json").write_text(json.dumps(scale) + "\n")
+        (new / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        new.rename(out)  # in place of an empty folder too: it is whole or not there
+    print(f"{'held-out pairs':28}{'right':>8}{'of':>7}")
+    for kind, result in [*summary["by_kind"].items(), ("all", summary)]:
+        print(f"{kind:28}{result['accuracy']:8.3f}{result['n']:7}")
+    print(f"written: {config.out}/")
+    return summary
+
+
+def fit_pairs(config, model, tokenizer, train, num_heldout):
+    """The training of train_reward_model, in which every epoch makes other pairs; returns the steps taken."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    print(f"reward model: {config.model}, {sum(p.numel() for p in trained):,} weights to train on "
+          f"{len(train)} questions, {num_heldout} held out")
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    generator, step = random.Random(config.seed), 0
+    steps = config.num_epochs * -(-len(train) // config.batch_size)
+    bar = tqdm(total=steps, desc="train", unit="step", disable=None)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for _ in range(config.num_epochs):
+        order = generator.sample(train, len(train))
+        for first in range(0, len(order), config.batch_size):
+            pairs = pairs_of(order[first:first + config.batch_size], generator, 4)
+            if not pairs:
+                continue
+            gold, worse = pair_scores(model, tokenizer, pairs, config.max_length)
+            loss = -torch.nn.functional.logsigmoid(gold - worse).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            share = min(1, (step + 1) / (steps / 20), (steps - step) / steps)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * share
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            right = (gold > worse).float().mean().item()
+            bar.update()
+            bar.set_postfix_str(f"loss {loss.item():.3f}, pairs right {right:.2f}")
+            if step == 1 or step % max(1, steps // 10) == 0:
+                bar.write(f"step {step:4} of {steps}  loss {loss.item():.4f}  pairs right {right:.3f}")
+    bar.close()
+    return step
+
+
+def measure_pairs(config, model, tokenizer, heldout):
+    """(mean and standard deviation of the scores, accuracy in all and by kind) of a trained reward model on
+    pairs of held-out rows; raises InputError.
+    """
+    model.eval()
+    pairs = pairs_of(heldout, random.Random(config.seed + 1))
+    if not pairs:
+        raise InputError(f"{config.data}/heldout.jsonl: no answer in it can be made worse")
+    with torch.inference_mode():
+        by_batch = [pair_scores(model, tokenizer, pairs[first:first + 64], config.max_length)
+                      for first in range(0, len(pairs), 64)]
+    scores = torch.cat([batch.flatten() for batch in by_batch])
+    gold, worse = torch.cat(by_batch, dim=1)
+    if not scores.isfinite().all():
+        raise InputError(f"--learning_rate {config.learning_rate}: the trained model's scores are NaN, nothing "
+                         "is written: lower it, or take another --model")
+    counts = Counter(kind for kind, *_ in pairs)
+    right = Counter(kind for (kind, *_), better in zip(pairs, (gold > worse).tolist()) if better)
+    by_kind = {kind: {"accuracy": right[kind] / n, "n": n} for kind, n in counts.items()}
+    return ({"mean": scores.mean().item(), "std": max(1e-6, scores.std().item())},
+            {"accuracy": right.total() / len(pairs), "n": len(pairs), "by_kind": by_kind})
+
+
 if __name__ == "__main__":
     evaluation.keep_freed_memory()
     with one_line_errors():
-        main(parse())
+        if sys.argv[1:2] == ["reward_model"]:
+            train_reward_model(tyro.cli(RewardModel, args=sys.argv[2:], use_underscores=True))
+        else:
+            main(parse())
