@@ -251,7 +251,7 @@ def check_scorers(language_model, reward_model):
         try:
             load(name) if name else None
         except Exception as error:  # a dozen types of transformers, peft and hub, one thing to the user: no model
-            made = "a folder of `python rewards.py train`, or none" if flag == "--reward_model" else f"{flag} ''"
+            made = "a folder of `python sft.py reward_model`, or none" if flag == "--reward_model" else f"{flag} ''"
             raise InputError(hub_message(f"{flag} {name}", error, made)) from error
 
 
