@@ -117,91 +117,6 @@ def overlap(reasoning, explanation, question):
     return 2 * both / (len(said) + len(wanted)) if both else 0.0
 
 
-@functools.cache
-def load_encoder(name):
-    """(tokenizer, model) of a sentence encoder ("sentence-transformers/all-MiniLM-L6-v2", say) or of a cross-encoder with one output
-    ("cross-encoder/stsb-roberta-base"), told apart by the architecture in its configuration; loaded once a process.
-
-    Raises what transformers raises where it cannot be had (OSError, mostly).
-    """
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    crossed = any("SequenceClassification" in kind for kind in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ())
-    model = (AutoModelForSequenceClassification if crossed else AutoModel).from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False), model.to(device).eval()
-
-
-def batched(texts, tokenizer, max_length, size=64):
-    """Batches (places in texts, inputs of a model padded on the right) of texts, or pairs of texts, of alike lengths."""
-    lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
-    order = sorted(range(len(texts)), key=lengths.__getitem__)
-    for first in range(0, len(order), size):
-        places = order[first:first + size]
-        chosen = [texts[i] for i in places]
-        columns = (chosen,) if isinstance(chosen[0], str) else map(list, zip(*chosen))
-        yield places, tokenizer(*columns, truncation=True, max_length=max_length, padding=True, padding_side="right", return_tensors="pt")
-
-
-SCORED = {}  # (what, name of the model, text) to its number or vector: many texts of a rollout recur
-
-
-def remember(what, name, texts, compute):
-    """[compute's result for each of texts], computed at once for those not seen before, and remembered."""
-    fresh = [text for text in dict.fromkeys(texts) if (what, name, text) not in SCORED]
-    if len(SCORED) + len(fresh) > 20_000:
-        SCORED.clear()
-        fresh = list(dict.fromkeys(texts))
-    SCORED.update(zip(((what, name, text) for text in fresh), compute(fresh) if fresh else ()))
-    return [SCORED[what, name, text] for text in texts]
-
-
-def embed(texts, name):
-    """Unit vectors of texts: mean of the encoder's last hidden states over a text's tokens, up to 256, as all-MiniLM-L6-v2's card
-    (huggingface.co/sentence-transformers/all-MiniLM-L6-v2) has it; the batch's padding is masked.
-    """
-    import torch
-
-    def compute(fresh):
-        tokenizer, model = load_encoder(name)
-        vectors = [None] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 256):
-            with torch.inference_mode():
-                states = model(**inputs.to(model.device)).last_hidden_state.float()
-                mask = inputs["attention_mask"][:, :, None]
-                pooled = torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu()
-            for i, vector in zip(places, pooled):
-                vectors[i] = vector
-        return vectors
-
-    return remember("embed", name, texts, compute)
-
-
-def closeness(pairs, name):
-    """How alike the two texts of each pair are: the cosine of their embeddings, -1 to 1, or, where `name` is a cross-encoder with
-    one output, its sigmoid, 0 to 1, as cross-encoder/stsb-roberta-base's card has it. Rounded, so that no batch changes it.
-    """
-    import torch
-    pairs = [tuple(text[:20_000] for text in pair) for pair in pairs]
-    if not pairs:
-        return []
-    if getattr(load_encoder(name)[1], "num_labels", 0) != 1:
-        vectors = embed([text for pair in pairs for text in pair], name)
-        return [round(float(a @ b), 5) for a, b in zip(vectors[::2], vectors[1::2])]
-
-    def compute(fresh):
-        tokenizer, model = load_encoder(name)
-        scores = [0.0] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 512):
-            with torch.inference_mode():
-                logits = model(**inputs.to(model.device)).logits[:, 0].float().sigmoid().cpu()
-            for i, score in zip(places, logits.tolist()):
-                scores[i] = round(score, 5)
-        return scores
-
-    return remember("closeness", name, pairs, compute)
-
-
 def similarity(reasoning, explanation, question, encoder=""):
     """How much of the explanation the reasoning says, 0 to 1.
 
@@ -217,6 +132,155 @@ def similarity(reasoning, explanation, question, encoder=""):
     close, start = closeness([(reasoning, explanation), (question, explanation)], encoder)
     start = start if question.strip() else 0.0
     return min(1.0, max(0.0, (close - start) / (1 - start))) if start < 0.9999 else 0.0
+
+
+# === models that score: loaded once a process, asked in batches, answers remembered =========================
+
+SCORED = {}  # (measure, name of the model, text) to what was measured: many texts of a rollout recur
+
+
+def load_scorer(name, model_class, **options):
+    """(tokenizer, model) of transformers or peft, on the GPU where there is one; no code of theirs is run.
+    Raises what these raise where the model cannot be had (OSError, mostly).
+    """
+    import torch
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked in every measure below
+    model = model_class.from_pretrained(name, trust_remote_code=False, **options)
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def measured(texts, measure, name, loader, max_length, size):
+    """[what `measure` makes of each of `texts`, which may be pairs of texts, under the model `name`].
+
+    measure(model, inputs): a list, one for each text of a batch, whatever padding is in it. Those not seen
+    before are computed at once, `size` of alike lengths in a batch, cut to max_length tokens.
+    """
+    import torch
+    fresh = [text for text in dict.fromkeys(texts) if (measure, name, text) not in SCORED]
+    if len(SCORED) + len(fresh) > 20_000:
+        SCORED.clear()
+        fresh = list(dict.fromkeys(texts))
+    fresh.sort(key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)))
+    for first in range(0, len(fresh), size):
+        tokenizer, model = loader(name)
+        batch = fresh[first:first + size]
+        columns = [batch] if isinstance(batch[0], str) else map(list, zip(*batch))
+        inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True,
+                           padding_side="right", return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            SCORED.update(zip(((measure, name, text) for text in batch), measure(model, inputs)))
+    return [SCORED[measure, name, text] for text in texts]
+
+
+@functools.cache
+def load_encoder(name):
+    """(tokenizer, model) of a sentence encoder ("sentence-transformers/all-MiniLM-L6-v2", say) or of a
+    cross-encoder with one output ("cross-encoder/stsb-roberta-base"), told apart by the architecture in its
+    configuration.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    kinds = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ()
+    crossed = any("SequenceClassification" in kind for kind in kinds)
+    model_class = AutoModelForSequenceClassification if crossed else AutoModel
+    return load_scorer(name, model_class, use_safetensors=True)
+
+
+def embeddings(model, inputs):
+    """Unit vectors: mean of the encoder's last hidden states over a text's tokens, as all-MiniLM-L6-v2's card
+    (huggingface.co/sentence-transformers/all-MiniLM-L6-v2) has it.
+    """
+    import torch
+    states, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"][:, :, None]
+    return list(torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu())
+
+
+def agreements(model, inputs):
+    """Sigmoids, 0 to 1, of a cross-encoder's output, as cross-encoder/stsb-roberta-base's card has it."""
+    return [round(score, 5) for score in model(**inputs).logits[:, 0].float().sigmoid().tolist()]
+
+
+def closeness(pairs, name):
+    """How alike the two texts of each pair are: the cosine of their embeddings, -1 to 1, or, where `name` is
+    a cross-encoder with one output, what it says, 0 to 1. Rounded, so that no batch changes it.
+    """
+    pairs = [tuple(text[:20_000] for text in pair) for pair in pairs]
+    if pairs and getattr(load_encoder(name)[1], "num_labels", 0) == 1:
+        return measured(pairs, agreements, name, load_encoder, 512, 64)
+    vectors = measured([text for pair in pairs for text in pair], embeddings, name, load_encoder, 256, 64)
+    return [round(float(a @ b), 5) for a, b in zip(vectors[::2], vectors[1::2])]
+
+
+@functools.cache
+def load_language_model(name):
+    """(tokenizer, model) of a causal language model, "microsoft/biogpt" say, for `fluency`."""
+    from transformers import AutoModelForCausalLM
+    return load_scorer(name, AutoModelForCausalLM)
+
+
+def log_perplexities(model, inputs):
+    """Mean negative log-probability of each text's tokens in nats, None for one of fewer than two tokens.
+    Each text by itself: padding is masked. https://huggingface.co/docs/transformers/perplexity
+    """
+    import torch
+    ids, mask = inputs["input_ids"].long(), inputs["attention_mask"][:, 1:].bool()
+    if ids.shape[1] < 2:
+        return [None] * len(ids)
+    logits = model(input_ids=ids, attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
+    nll = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none") * mask
+    return [round(total / count, 5) if count else None
+            for total, count in zip(nll.sum(dim=1).tolist(), mask.sum(dim=1).tolist())]
+
+
+def mean_nll(texts, name):
+    """The log perplexity of each text under a causal language model, over its first 512 tokens."""
+    return measured([text[:20_000] for text in texts], log_perplexities, name, load_language_model, 512, 16)
+
+
+def fluency(answers, golds, name):
+    """min(1, perplexity of the gold answer / perplexity of the answer) of each, 0 to 1, under a causal
+    language model: 1 for an answer that reads at least as easily as the gold one. Bounded, so that smooth
+    babble can't win by it.
+    """
+    nll = mean_nll([*answers, *golds], name)
+    return [0.0 if said is None else 1.0 if gold is None else math.exp(min(0.0, gold - said))
+            for said, gold in zip(nll[:len(answers)], nll[len(answers):])]
+
+
+@functools.cache
+def load_reward_model(folder):
+    """(tokenizer, model) of a folder that `python sft.py reward_model` wrote."""
+    scale, options = json.loads((Path(folder) / "normalisation.json").read_text()), {"use_safetensors": True}
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForSequenceClassification as model_class
+        options = {"num_labels": 1}
+    else:
+        from transformers import AutoModelForSequenceClassification as model_class
+    tokenizer, model = load_scorer(folder, model_class, **options)
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
+    model.usual_output = scale["mean"], scale["std"]
+    return tokenizer, model
+
+
+def normalised_outputs(model, inputs):
+    """Sigmoids of a reward model's outputs, less the mean and divided by the standard deviation of those on
+    its held-out pairs, so that rewards of different models have one scale.
+    """
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    mean, std = model.usual_output
+    return [round(score, 5) for score in ((logits[:, 0].float() - mean) / std).sigmoid().tolist()]
+
+
+def learned_rewards(questions, answers, folder):
+    """Scores, 0 to 1, of answers by a trained reward model, see `normalised_outputs`."""
+    texts = [asked(question, answer[:20_000]) for question, answer in zip(questions, answers)]
+    return measured(texts, normalised_outputs, folder, load_reward_model, 1024, 32)
+
+
+def asked(question, answer):
+    """What a reward model reads."""
+    return f"Question: {question}\nAnswer: {answer}"
 
 
 # === free text: what is said, and whether it is affirmed, negated or possible ===============================
@@ -968,94 +1032,6 @@ def contradictions(answer, gold, question=""):
             for (a, one), (b, two) in zip(said, said[1:] or said)
         )
     return turned + opposed(answer, gold) + numbers_changed(answer, gold, question)
-
-
-# === free text: fluency, and a trained reward model ===================================================================
-
-
-@functools.cache
-def load_language_model(name):
-    """(tokenizer, model) of a causal language model, "microsoft/biogpt" say, for `fluency`; loaded once a process."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked by the lengths below
-    return tokenizer, AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).to(device).eval()
-
-
-def mean_nll(texts, name):
-    """Mean negative log-probability of each text's tokens in nats (its log perplexity), up to 512 of them; None for one of fewer than
-    two tokens. Each text by itself: padding is masked. https://huggingface.co/docs/transformers/perplexity
-    """
-    import torch
-
-    def compute(fresh):
-        tokenizer, model = load_language_model(name)
-        results = [None] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 512, size=16):
-            inputs = inputs.to(model.device)
-            ids, mask = inputs["input_ids"].long(), inputs["attention_mask"][:, 1:].bool()
-            if ids.shape[1] < 2:
-                continue
-            with torch.inference_mode():
-                logits = model(input_ids=ids, attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
-                nll = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none") * mask
-            for i, total, count in zip(places, nll.sum(dim=1).tolist(), mask.sum(dim=1).tolist()):
-                results[i] = round(total / count, 5) if count else None
-        return results
-
-    return remember("nll", name, [text[:20_000] for text in texts], compute)
-
-
-def fluency(answers, golds, name):
-    """min(1, perplexity of the gold answer / perplexity of the answer) of each, 0 to 1, under a causal language model: 1 for an answer
-    that reads at least as easily as the gold one. Bounded, so that smooth babble can't win by it.
-    """
-    nll = mean_nll([*answers, *golds], name)
-    return [0.0 if own is None else 1.0 if gold is None else math.exp(min(0.0, gold - own))
-            for own, gold in zip(nll[:len(answers)], nll[len(answers):])]
-
-
-@functools.cache
-def load_reward_model(folder):
-    """(tokenizer, model, mean, standard deviation) of a folder that `python sft.py reward_model` wrote; loaded once a process."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    scale = json.loads((Path(folder) / "normalisation.json").read_text())
-    if (Path(folder) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForSequenceClassification
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, trust_remote_code=False)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
-    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), scale["mean"], scale["std"]
-
-
-def learned_rewards(questions, answers, folder):
-    """Scores, 0 to 1, of answers by a trained reward model: the sigmoid of its output, less the mean and divided by the standard
-    deviation of those on its held-out pairs, so that rewards of different models have one scale.
-    """
-    import torch
-
-    def compute(fresh):
-        tokenizer, model, mean, std = load_reward_model(folder)
-        results = [0.0] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 1024, size=32):
-            with torch.inference_mode():
-                logits = model(input_ids=inputs["input_ids"].to(model.device),
-                               attention_mask=inputs["attention_mask"].to(model.device)).logits[:, 0].float()
-            for i, score in zip(places, torch.sigmoid((logits - mean) / std).tolist()):
-                results[i] = round(score, 5)
-        return results
-
-    return remember("reward", folder, [asked(q, a[:20_000]) for q, a in zip(questions, answers)], compute)
-
-
-def asked(question, answer):
-    """What a reward model reads."""
-    return f"Question: {question}\nAnswer: {answer}"
 
 
 # === the score ========================================================================================================
