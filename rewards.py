@@ -1,8 +1,9 @@
-"""Reward functions of the collection: what a completion earns, and `compute_score`, which other engines call too.
+"""Reward functions of the collection: what a completion earns, and `compute_score`, for other engines too.
 
-The file stands alone (it imports nothing of the project), so that verl and others can load it by path. Every function takes
-plain text and is strict: an answer is parsed from its one block, never searched in the text. Whoever hedges, repeats
-tags or writes the answer elsewhere earns nothing for it. Time is linear in the completion's length.
+The file stands alone (it imports nothing of the project), so that verl and others can load it by path. Every
+function takes plain text and is strict: an answer is parsed from its one block, never searched in the text.
+Whoever hedges, repeats tags or writes the answer elsewhere earns nothing for it. Time is linear in the
+completion's length.
 """
 import functools
 import json
@@ -10,11 +11,12 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 REASONED = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-TAGS = {"pubmedqa": REASONED, "medmcqa": ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>"),
-        "ecg_expert_qa": REASONED, "medical_o1": REASONED}
+TAGS = {"pubmedqa": REASONED, "ecg_expert_qa": REASONED, "medical_o1": REASONED,
+        "medmcqa": ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>")}
 LABELS = {"pubmedqa": ("yes", "no", "maybe"), "medmcqa": ("A", "B", "C", "D")}
 CORRECT_WEIGHT = {"pubmedqa": 2.0, "medmcqa": 1.0}  # for the right answer
 TAG_WEIGHT = {"pubmedqa": 0.2, "medmcqa": 0.05}  # for each tag in its place
@@ -24,24 +26,23 @@ SIMILARITY_WEIGHT = {"pubmedqa": 0.0, "medmcqa": 0.4}  # for reasoning that says
 def tags_in_place(text, tags):
     """How many of `tags` stand in `text` exactly once and in their place, 0 to len(tags).
 
-    In its place: after every occurrence of the tags before it and before every occurrence of the tags behind it; the last
-    tag also needs the end of the text behind it (white space aside), so full marks mean that nothing follows the answer.
+    In its place: after every occurrence of the tags before it and before every occurrence of the tags behind
+    it; the last tag also needs the end of the text behind it (white space aside), so full marks mean that
+    nothing follows the answer.
     """
     first, last = [text.find(tag) for tag in tags], [text.rfind(tag) for tag in tags]
-    in_place = 0
-    for i, tag in enumerate(tags):
-        once = first[i] >= 0 and first[i] == last[i]
-        ordered = (all(position < first[i] for position in last[:i])
-                   and all(position < 0 or position > first[i] for position in first[i + 1:]))
-        closed = i < len(tags) - 1 or not text[first[i] + len(tag):].strip()
-        in_place += once and ordered and closed
-    return in_place
+
+    def in_place(i):
+        return (first[i] == last[i] >= 0 and all(position < first[i] for position in last[:i])
+                and all(position < 0 or position > first[i] for position in first[i + 1:])
+                and (i < len(tags) - 1 or not text[first[i] + len(tags[i]):].strip()))
+
+    return sum(map(in_place, range(len(tags))))
 
 
 def answer_block(text, tags):
-    """What stands between tags[-2] and tags[-1], stripped, or None where it is not the one answer block of `text`.
-
-    Each of the two must occur exactly once, in this order, with no other tag between or behind them.
+    """What stands between tags[-2] and tags[-1], stripped, or None where it is not the one answer block of
+    `text`: each of the two must occur exactly once, in this order, with no other tag between or behind them.
     """
     opening, closing = tags[-2:]
     if text.count(opening) != 1 or text.count(closing) != 1:
@@ -55,8 +56,8 @@ def answer_block(text, tags):
 def parse_answer(text, tags, labels):
     """The label in the one answer block of `text`, or "" where there is none.
 
-    The block must hold one of `labels` and nothing else (case, white space around it and one full stop aside; ASCII only, so
-    no look-alike passes).
+    The block must hold one of `labels` and nothing else (case, white space around it and one full stop aside;
+    ASCII only, so no look-alike passes).
     """
     answer = (answer_block(text, tags) or "").removesuffix(".").rstrip()
     return answer.lower() if answer.isascii() and answer.lower() in labels else ""
@@ -65,8 +66,9 @@ def parse_answer(text, tags, labels):
 def parse_option(text, tags, options):
     """The letter of the one option that the answer block of `text` names, or "".
 
-    Accepted: the letter ("B", "b.", "(B)", "B)"), the letter with the option's own text ("B. aspirin", "(b) Aspirin."), and
-    the full text of exactly one option. Anything else, two letters say, names no option. options: texts of A, B, C, ...
+    Accepted: the letter ("B", "b.", "(B)", "B)"), the letter with the option's own text ("B. aspirin", "(b)
+    Aspirin."), and the full text of exactly one option. Anything else, two letters say, names no option.
+    options: texts of A, B, C, ...
     """
     answer = plain(answer_block(text, tags) or "")
     texts = [plain(option) for option in options]
@@ -88,9 +90,10 @@ def plain(text):
 LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}  # casefold would let look-alikes pass
 
 
-# === reasoning against the explanation ================================================================================
+# === reasoning against the explanation ======================================================================
 
-COMMON = frozenset("a an and are as at be by for from has have in is it its of on or that the this to was were which with".split())
+COMMON = frozenset(("a an and are as at be by for from has have in is it its of on or that the this to was "
+                    "were which with").split())
 
 
 def reasoning_block(text, tags):
@@ -101,18 +104,18 @@ def reasoning_block(text, tags):
 
 
 def words(text):
-    """Set of the words of a text that carry meaning: runs of letters and digits, lower case, without the commonest."""
+    """Set of the words of a text that carry meaning: runs of letters and digits, lower case, without the
+    commonest.
+    """
     spaced = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKC", text[:20_000]).lower())
     return frozenset(spaced.split()) - COMMON
 
 
 def overlap(reasoning, explanation, question):
-    """F1, 0 to 1, between the sets of words of the reasoning and of the explanation, those of the question left out.
-
-    So what the question says earns nothing, and neither does listing everything, which precision punishes.
+    """F1, 0 to 1, between the sets of words of the reasoning and of the explanation, those of the question
+    left out. So what the question says earns nothing, nor does listing everything, which precision punishes.
     """
-    known = words(question)
-    said, wanted = words(reasoning) - known, words(explanation) - known
+    said, wanted = words(reasoning) - words(question), words(explanation) - words(question)
     both = len(said & wanted)
     return 2 * both / (len(said) + len(wanted)) if both else 0.0
 
@@ -120,9 +123,10 @@ def overlap(reasoning, explanation, question):
 def similarity(reasoning, explanation, question, encoder=""):
     """How much of the explanation the reasoning says, 0 to 1.
 
-    By `overlap`, or, with the name of an encoder, by cosines of embeddings: how far the reasoning closes the gap between the
-    question and the explanation, (cos(r, e) - cos(q, e)) / (1 - cos(q, e)), so that the question alone, or padded, earns
-    nothing. 0 where either is empty, or where fewer than a fifth of the reasoning's words are not the question's.
+    By `overlap`, or, with the name of an encoder, by cosines of embeddings: how far the reasoning closes the
+    gap between the question and the explanation, (cos(r, e) - cos(q, e)) / (1 - cos(q, e)), so that the
+    question alone, or padded, earns nothing. 0 where either is empty, or where fewer than a fifth of the
+    reasoning's words are not the question's.
     """
     said = words(reasoning)
     if not said or not words(explanation) or len(said - words(question)) < len(said) / 5:
@@ -339,44 +343,45 @@ OPENERS = frozenset(
      "to").split())
 
 
+def by_first_word(entries):
+    """{first word: [(words, what they stand for)]} of such entries, the longest first."""
+    index = {}
+    for spelled, what in sorted(entries, key=lambda entry: -len(entry[0])):
+        index.setdefault(spelled[0], []).append((spelled, what))
+    return index
+
+
+def longest_at(i, spelled, index):
+    """(length, what it stands for) of the longest entry of an index that begins at spelled[i], or (1, "")."""
+    for entry, what in index.get(spelled[i], ()):
+        if spelled[i:i + len(entry)] == entry:
+            return len(entry), what
+    return 1, ""
+
+
 @functools.cache
 def triggers():
-    """{first word: [(words of a trigger, kind)]}, the longest first."""
-    index = {}
-    for kind, text in TRIGGERS.items():
-        for literal in text.split(";"):
-            forms = [literal]
-            for slot, words in (("{be}", BE), ("{seen}", SEEN)):
-                forms = [
-                    form.replace(slot, word) for form in forms for word in (words if slot in form else [""])
-                ]
-            for form in map(str.split, forms):
-                index.setdefault(form[0], []).append((form, kind))
-    return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
+    """All forms of TRIGGERS with their kinds, by_first_word."""
+    return by_first_word([(trigger.replace("{be}", be).replace("{seen}", seen).split(), kind)
+                          for kind, text in TRIGGERS.items() for trigger in text.split(";")
+                          for be in (BE if "{be}" in trigger else [""])
+                          for seen in (SEEN if "{seen}" in trigger else [""])])
+
+
+BEHIND_ABSENT = (",", "and", "but", "in", "on", "with", "during")
 
 
 def cues_of(sentence):
     """[(start, end, kind)] of the triggers in the tokens of a sentence."""
     cues, i = [], 0
     while i < len(sentence):
-        length, kind = next(
-            (
-                (len(form), kind)
-                for form, kind in triggers().get(sentence[i], ())
-                if sentence[i : i + len(form)] == form
-            ),
-            (1, ""),
-        )
+        length, kind = longest_at(i, sentence, triggers())
         following = sentence[i + length] if i + length < len(sentence) else ","
-        if sentence[i] == "no" and not i and length == 1 and following == ",":
+        if sentence[i] == "no" and i == 0 and length == 1 and following == ",":
             kind = ""  # "No, ..." answers a question, or is all of the sentence
-        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1 : i]):
+        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1:i]):
             kind = ""  # "absent or inverted P waves"
-        elif (
-            sentence[i] == "absent"
-            and length == 1
-            and following in (",", "and", "but", "in", "on", "with", "during")
-        ):
+        elif sentence[i] == "absent" and length == 1 and following in BEHIND_ABSENT:
             kind = "post"  # "P waves absent, ..."
         if kind:
             cues.append((i, i + length, kind))
@@ -394,23 +399,21 @@ def scope_ends(sentence):
     "and" behind a verb.
     """
     n, start = len(sentence), 0
-    verbs, joined, until = (
-        [0] * (n + 1),
-        [0] * (n + 1),
-        [n] * (n + 1),
-    )  # so many before i; the next comma from i
-    for i, token in enumerate(sentence):
-        verbs[i + 1], joined[i + 1] = verbs[i] + (token in VERBS), joined[i] + (token in ("and", "or", "nor"))
-    for i in range(n - 1, -1, -1):
-        until[i] = i if sentence[i] == "," else until[i + 1]
+    verbs = [*accumulate((token in VERBS for token in sentence), initial=0)]  # so many before a place
+    joined = [*accumulate((token in ("and", "or", "nor") for token in sentence), initial=0)]
+    comma = [n] * (n + 1)  # the next one
+    for i in reversed(range(n)):
+        comma[i] = i if sentence[i] == "," else comma[i + 1]
     forward, backward = set(), set()
     for i, token in enumerate(sentence):
         if token not in (",", "and"):
             continue
-        j = i + 1 + (sentence[i + 1 : i + 2] == ["and"])
-        if sentence[j : j + 1] not in (["or"], ["nor"]):
-            new_clause = verbs[until[j]] > verbs[j] and (verbs[i] > 0 or sentence[0] not in ("no", "neither"))
-            if sentence[j : j + 1] and sentence[j] in OPENERS or until[j] - j > 5 or new_clause:
+        behind = i + 2 if sentence[i + 1:i + 2] == ["and"] else i + 1
+        following = sentence[behind] if behind < n else ""
+        if following not in ("or", "nor"):
+            new_clause = (verbs[comma[behind]] > verbs[behind]
+                          and (verbs[i] > 0 or sentence[0] not in ("no", "neither")))
+            if following in OPENERS or comma[behind] - behind > 5 or new_clause:
                 forward.add(i)
         clause = verbs[i] > verbs[start]
         if token == ",":
@@ -423,56 +426,46 @@ def scope_ends(sentence):
 
 
 def statuses(sentence, usual="affirmed"):
-    """Of each token of a sentence: "affirmed", "negated" or "possible"; None where it is part of a trigger."""
-    found, cues = [usual] * len(sentence), cues_of(sentence)
+    """Of each token of a sentence: "affirmed", "negated" or "possible"; None where it is a trigger's."""
+    result, cues = [usual] * len(sentence), cues_of(sentence)
     forward, backward = scope_ends(sentence)
-    doubled = -1
+    doubled = -1  # the cue that a negation right before it undoes
     for number, (start, end, kind) in enumerate(cues):
-        limit = cues[number + 1][0] if number + 1 < len(cues) else len(sentence)
+        if kind == "end":
+            continue
+        result[start:end] = [None] * (end - start)
         if kind == "pseudo":
-            found[start:end] = [None] + ["negated"] * (end - start - 1)
-        elif kind != "end":
-            found[start:end] = [None] * (end - start)
-            inside = (
-                number
-                and kind in ("pre", "near")
-                and found[start - 1] == "negated" != usual
-                and sentence[start - 1] not in (",", "and", "or")
-                and sentence[start] not in ("nor", sentence[cues[number - 1][0]])
-            )  # "not caused by an absence of"
-            status = (
-                usual
-                if inside or number == doubled
-                else "possible"
-                if kind.startswith("possible")
-                else "negated"
-            )
-            i, said = start - 1, False
-            while "post" in kind and i >= (cues[number - 1][1] if number else 0) and i not in backward:
-                found[i], said = status, said or sentence[i] not in FILLER
-                i -= 1
-            i, behind = end, said
-            while (
-                not behind
-                and i < limit
-                and i not in forward
-                and not (
-                    kind == "near"
-                    and sentence[i] in (",", "and", "with")
-                    or said
-                    and sentence[i] in VERBS
-                    or sentence[start] == "without"
-                    and not start
-                    and sentence[i] == ","
-                )
-            ):
-                found[i], said = status, said or sentence[i] not in FILLER
-                i += 1
-            if i == limit < len(sentence) and not said:
-                if cues[number + 1][2] == "end":  # "not due to": what is denied is the link
-                    found[limit : cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
-                doubled = number + 1  # "not without": affirmed
-    return found
+            result[start + 1:end] = ["negated"] * (end - start - 1)
+            continue
+        status = "possible" if kind.startswith("possible") else "negated"
+        inside = (number and kind in ("pre", "near") and result[start - 1] == "negated" != usual
+                  and sentence[start - 1] not in (",", "and", "or")
+                  and sentence[start] not in ("nor", sentence[cues[number - 1][0]]))
+        if inside or number == doubled:  # "not caused by an absence of", "not without"
+            status = usual
+
+        said = False  # whether a word that says something has got the status
+        if "post" in kind:
+            for i in range(start - 1, cues[number - 1][1] - 1 if number else -1, -1):
+                if i in backward:
+                    break
+                result[i], said = status, said or sentence[i] not in FILLER
+        if said:
+            continue
+        barriers = (",", "and", "with") if kind == "near" else ()
+        if start == 0 and sentence[0] == "without":
+            barriers = (",",)
+        limit = cues[number + 1][0] if number + 1 < len(cues) else len(sentence)
+        i = end
+        while (i < limit and i not in forward and sentence[i] not in barriers
+               and not (said and sentence[i] in VERBS)):
+            result[i], said = status, said or sentence[i] not in FILLER
+            i += 1
+        if i == limit < len(sentence) and not said:
+            doubled = number + 1
+            if cues[doubled][2] == "end":  # "not due to": what is denied is the link
+                result[limit:cues[doubled][1]] = [status] * (cues[doubled][1] - limit)
+    return result
 
 
 # === free text: words, numbers, findings ====================================================================
@@ -547,46 +540,43 @@ FINDINGS = {
     "posterior": "posterior"}
 UNITS = {unit: (kind, factor) for kind, units in {  # kind: {unit: how many of the kind's own}
     "ms": {"ms": 1, "msec": 1, "millisecond": 1, "s": 1000, "sec": 1000, "second": 1000, "min": 60_000,
-    "minute": 60_000, "h": 3.6e6,
-           "hr": 3.6e6, "hour": 3.6e6, "day": 8.64e7, "week": 6.048e8},
-    "month": {"month": 1, "year": 12}, "mm": {"mm": 1, "millimeter": 1, "millimetre": 1, "cm": 10,
-    "centimeter": 10, "centimetre": 10},
-    "mv": {"mv": 1, "millivolt": 1, "µv": 0.001, "microvolt": 0.001}, "bpm": {"bpm": 1}, "beat": {"beat": 1},
-    "%": {"%": 1, "percent": 1}, "degree": {"°": 1, "degree": 1, "deg": 1},
-    "mg": {"mcg": 0.001, "µg": 0.001, "ug": 0.001, "microgram": 0.001, "mg": 1, "milligram": 1, "g": 1000,
-    "gram": 1000, "kg": 1e6,
-           "kilogram": 1e6},
+           "minute": 60_000, "h": 3.6e6, "hr": 3.6e6, "hour": 3.6e6, "day": 8.64e7, "week": 6.048e8},
+    "month": {"month": 1, "year": 12},
+    "mm": {"mm": 1, "millimeter": 1, "millimetre": 1, "cm": 10, "centimeter": 10, "centimetre": 10},
+    "mv": {"mv": 1, "millivolt": 1, "\u00b5v": 0.001, "microvolt": 0.001},
+    "bpm": {"bpm": 1}, "beat": {"beat": 1}, "%": {"%": 1, "percent": 1},
+    "degree": {"°": 1, "degree": 1, "deg": 1},
+    "mg": {"mcg": 0.001, "\u00b5g": 0.001, "ug": 0.001, "microgram": 0.001, "mg": 1, "milligram": 1,
+           "g": 1000, "gram": 1000, "kg": 1e6, "kilogram": 1e6},
     "ml": {"ml": 1, "milliliter": 1, "millilitre": 1, "l": 1000, "liter": 1000, "litre": 1000},
-    "mmhg": {"mmhg": 1},
-    "mmol": {"mmol": 1}, "meq": {"meq": 1}, "hz": {"hz": 1}, "j": {"j": 1, "joule": 1}}.items() for unit,
-    factor in units.items()}
+    "mmhg": {"mmhg": 1}, "mmol": {"mmol": 1}, "meq": {"meq": 1}, "hz": {"hz": 1}, "j": {"j": 1, "joule": 1},
+}.items() for unit, factor in units.items()}
 MEASURED = {"pr": "ms", "qrs": "ms", "qt": "ms", "qtc": "ms", "rr": "ms", "rate": "bpm", "axis": "degree",
             "ef": "%", "fraction": "%"}
-ABOVE = frozenset("> ≥ above over exceed exceeds exceeding beyond".split())
-BELOW = frozenset("< ≤ below under".split())
-THAN = {"more": "above", "greater": "above", "longer": "above", "higher": "above", "wider": "above",
-        "larger": "above",
-        "less": "below", "fewer": "below", "shorter": "below", "lower": "below", "narrower": "below",
-        "smaller": "below"}
+BEFORE_THAN = {"above": "more greater longer higher wider larger".split(),
+               "below": "less fewer shorter lower narrower smaller".split()}
+COMPARISONS = {word: side for side, spelled in (
+    ("above", [*"> ≥ above over exceed exceeds exceeding beyond".split(), *BEFORE_THAN["above"]]),
+    ("below", [*"< ≤ below under".split(), *BEFORE_THAN["below"]])) for word in spelled}
 LINKS = frozenset("than or equal to of about approximately around a an the is was are at being".split())
-NUMBER_WORDS = {word: str(i + 1) for i, word in enumerate(
-    "one two three four five six seven eight nine ten eleven twelve".split())}
+NUMBER_WORDS = {word: str(i) for i, word in enumerate(
+    "one two three four five six seven eight nine ten eleven twelve".split(), start=1)}
 WRITTEN = (("can't", "cannot"), ("can not", "cannot"), ("n't", " not"), ("beats per min", "bpm"),
-            ("beats/min", "bpm"), ("bpmute", "bpm"),
-           ("per minute", "bpm"), ("/min", " bpm"), ("mm hg", "mmhg"), ("at least", "≥"), ("at most", "≤"),
-           ("up to", "≤"), ("no more than", "≤"),
-           ("no less than", "≥"), ("e.g.", "eg"), ("i.e.", "ie"), ("vs.", "vs"), ("aemi", "emi"), ("aemor",
-           "emor"), ("first-degree", "1st degree"),
-           ("first degree", "1st degree"), ("second-degree", "2nd degree"), ("second degree", "2nd degree"),
-           ("third-degree", "3rd degree"), ("third degree", "3rd degree"))  # in this order
+           ("beats/min", "bpm"), ("bpmute", "bpm"), ("per minute", "bpm"), ("/min", " bpm"),
+           ("mm hg", "mmhg"), ("at least", "≥"), ("at most", "≤"), ("up to", "≤"), ("no more than", "≤"),
+           ("no less than", "≥"), ("e.g.", "eg"), ("i.e.", "ie"), ("vs.", "vs"), ("aemi", "emi"),
+           ("aemor", "emor"), ("first-degree", "1st degree"), ("first degree", "1st degree"),
+           ("second-degree", "2nd degree"), ("second degree", "2nd degree"), ("third-degree", "3rd degree"),
+           ("third degree", "3rd degree"))  # in this order
 FILLER = COMMON | frozenset(
     "interval segment complex seen present evident found noted observed visible there detected".split())
 SAME = {"invers": "invert", "widen": "wide", "broad": "wide", "broaden": "wide", "electrocardiogram": "ecg",
-        "ekg": "ecg",
-        "lengthen": "prolong", "flatten": "flat", ">": "above", "≥": "above", "<": "below", "≤": "below"}
+        "ekg": "ecg", "lengthen": "prolong", "flatten": "flat",
+        ">": "above", "≥": "above", "<": "below", "≤": "below"}
 NON = re.compile(r"\bnon[- ](?=[a-z])")
 TOKEN = re.compile(  # cannot backtrack
     r"(?<![\w.])[-\u2212](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+\d*|[.;:!?,\n<>≤≥%°]")
+
 
 
 @functools.lru_cache(100_000)
@@ -598,10 +588,49 @@ def stem(word):
         word = word[:-3] + "y"
     for ending in ("ation", "ions", "ings", "ion", "ing", "ed", "es", "s", "ly", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 4 and not word.endswith(("us", "is", "ss")):
-            word = word[: -len(ending)]
+            word = word[:-len(ending)]
             break
     word = word[:-2] if word.endswith("at") and len(word) > 5 else word  # elevat(ed), and elev(ation)
     return SAME.get(word, word)
+
+
+def number_tokens(raw):
+    """Tokens with each number among them as [digits, unit or None, as written]; a range has one unit."""
+    tokens, i = [], 0
+    while i < len(raw):
+        token, sign = raw[i], "-" if i and raw[i - 1] in ("-", "\u2212") else ""
+        i += 1
+        if token[0].isdigit() or token in NUMBER_WORDS:
+            digits = sign + NUMBER_WORDS.get(token, token)
+            if len(digits.rpartition(",")[2]) != 3:  # 0,12 as against 1,000
+                digits = ".".join(digits.rsplit(",", 1))
+            unit = UNITS.get(raw[i], UNITS.get(raw[i].removesuffix("s"))) if i < len(raw) else None
+            tokens.append([digits.replace(",", ""), unit, token])
+            i = i + 1 if unit else i
+        elif token not in ("-", "\u2212"):
+            tokens.append(token)
+    for k in reversed(range(len(tokens) - 1)):
+        if isinstance(tokens[k], list) and not tokens[k][1]:
+            following = tokens[k + 2:k + 3] if tokens[k + 1] in ("to", "or", "and") else [tokens[k + 1]]
+            if following and isinstance(following[0], list):
+                tokens[k][1] = following[0][1]
+    return tokens
+
+
+def take_comparison(tokens):
+    """("above", "below" or "", the word before) of the end of `tokens`; takes the comparison off them."""
+    last = len(tokens) - 1
+    i = last
+    while i >= 0 and last - i < 5 and (tokens[i] in LINKS or tokens[i] in ("interval", "duration")):
+        i -= 1
+    word = tokens[i] if i >= 0 else ""
+    compared = COMPARISONS.get(word, "")
+    if not compared or word in BEFORE_THAN[compared] and "than" not in tokens[i + 1:]:
+        return "", word
+    del tokens[i:]
+    while tokens and tokens[-1] in LINKS:
+        tokens.pop()
+    return compared, tokens[-1] if tokens else ""
 
 
 def with_numbers(raw):
@@ -611,57 +640,27 @@ def with_numbers(raw):
     A number counts with a unit or behind a measurement's name ("PR 240"); others stay words. Both numbers of
     "3 to 6 months" are months; "> 120 ms", "120 ms or more" and "longer than 120 ms" are above.
     """
-    found, sign, i = [], "", 0
-    while i < len(raw):
-        token = raw[i]
-        i += 1
-        if token in "-\u2212":
-            sign = "-"
-        elif token[0].isdigit() or token in NUMBER_WORDS:
-            head, comma, tail = NUMBER_WORDS.get(token, token).rpartition(",")
-            plain_number = sign + head.replace(",", "") + ("." if comma and len(tail) != 3 else "") + tail
-            unit = UNITS.get(raw[i], UNITS.get(raw[i].removesuffix("s"))) if i < len(raw) else None
-            found.append([plain_number, unit, token])
-            sign, i = "", i + (unit is not None)
-        else:
-            found.append(token)
-    for k in range(len(found) - 2, -1, -1):  # a range: the unit is that of both
-        if isinstance(found[k], list) and not found[k][1]:
-            after = found[k + 2 : k + 3] if found[k + 1] in ("to", "or", "and") else found[k + 1 : k + 2]
-            if after and isinstance(after[0], list):
-                found[k][1] = after[0][1]
-    result = []
-    for k, token in enumerate(found):
+    tokens, result = number_tokens(raw), []
+    for k, token in enumerate(tokens):
         if not isinstance(token, list):
             result.append(token)
             continue
-        compared, links, j = "", [], len(result) - 1
-        while j >= 0 and len(links) < 5 and (result[j] in LINKS or result[j] in ("interval", "duration")):
-            links.append(result[j])
-            j -= 1
-        if j >= 0 and (result[j] in ABOVE or result[j] in BELOW or result[j] in THAN and "than" in links):
-            compared = "above" if result[j] in ABOVE else "below" if result[j] in BELOW else THAN[result[j]]
-            del result[j:]
-            while result and result[-1] in LINKS:
-                result.pop()
-            j = len(result) - 1
-        text, unit, written = token
+        digits, unit, written = token
+        compared, before = take_comparison(result)
         try:
-            value = float(text)
+            value = float(digits)
         except ValueError:  # 1.2.3, or digits of another script
             value = math.inf
-        if not unit and j >= 0 and result[j] in MEASURED and written[0].isdigit():
-            kind = MEASURED[result[j]]
-            unit = (kind, 1000 if kind == "ms" and abs(value) < 10 else 1)
+        if not unit and before in MEASURED and written[0].isdigit():
+            unit = (MEASURED[before], 1000 if MEASURED[before] == "ms" and abs(value) < 10 else 1)
         if math.isinf(value) or not unit:
-            result += [compared] * (compared != "") + [written if written == "one" else text]
+            result += [compared] if compared else []
+            result.append(written if written == "one" else digits)
             continue
-        if found[k + 1 : k + 2] == ["or"] and k + 2 < len(found) and isinstance(found[k + 2], str):
-            following = THAN.get(found[k + 2]) or (
-                "above" if found[k + 2] in ABOVE else "below" if found[k + 2] in BELOW else ""
-            )
-            if following:
-                compared, found[k + 1], found[k + 2] = following, "of", "of"
+        if tokens[k + 1:k + 2] == ["or"] and k + 2 < len(tokens) and isinstance(tokens[k + 2], str):
+            following = COMPARISONS.get(tokens[k + 2])
+            if following:  # "or more", which is said with this
+                compared, tokens[k + 1:k + 3] = following, ["of", "of"]
         result.append((round(value * unit[1], 6), unit[0], compared))
     return result
 
@@ -672,25 +671,19 @@ def read(text):
     without triggers and FILLER. "Ruled out: ..." negates all that follows. Reads 50,000 characters, in time
     linear in them.
     """
-    text = (
-        unicodedata.normalize("NFKC", text[:50_000])
-        .replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-        .replace("μ", "µ")
-        .lower()
-    )
+    text = unicodedata.normalize("NFKC", text[:50_000]).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    text = text.replace("\N{GREEK SMALL LETTER MU}", "\N{MICRO SIGN}").lower()
     for written, meant in WRITTEN:
         text = text.replace(written, meant)
-    sentences, sentence, usual = [], [], "affirmed"
+    sentences, sentence = [], []
+    usual = "affirmed"
     for token in [*with_numbers(TOKEN.findall(NON.sub("non", text))), "."]:
         if not isinstance(token, str) or token not in ".;:!?\n":
             sentence.append(token)
             continue
         status = statuses(sentence, usual)
-        said = [
-            (stem(word) if isinstance(word, str) else word, how)
-            for word, how in zip(sentence, status)
-            if how and word not in FILLER and word != ","
-        ]
+        said = [(stem(word) if isinstance(word, str) else word, how) for word, how in zip(sentence, status)
+                if how and word not in FILLER and word != ","]
         if token == ":" and None in status and not said:
             usual = "negated"
         if said:
@@ -701,13 +694,9 @@ def read(text):
 
 @functools.cache
 def phrases():
-    """{first word: [(words of a phrase, finding)]}, the longest first."""
-    index = {}
-    for finding, variants in FINDINGS.items():
-        for variant in variants.split(";"):
-            spelled = tuple(word for sentence in read(variant) for word, _ in sentence)
-            index.setdefault(spelled[0], []).append((spelled, finding))
-    return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
+    """All variants of FINDINGS with their findings, by_first_word."""
+    return by_first_word([([word for sentence in read(variant) for word, _ in sentence], finding)
+                          for finding, variants in FINDINGS.items() for variant in variants.split(";")])
 
 
 @functools.lru_cache(1024)
@@ -717,18 +706,14 @@ def said_in(text):
     """
     result = []
     for sentence in read(text):
-        said, i = [], 0
+        spelled, said = [word for word, _ in sentence], []
+        i = 0
         while i < len(sentence):
             item, status = sentence[i]
-            length = 1
-            for phrase, finding in phrases().get(item, ()):
-                if tuple(word for word, _ in sentence[i : i + len(phrase)]) == phrase:
-                    own = {how for _, how in sentence[i : i + len(phrase)]}
-                    length, item = len(phrase), (finding, "finding")
-                    status = (
-                        "negated" if "negated" in own else "possible" if "possible" in own else "affirmed"
-                    )
-                    break
+            length, finding = longest_at(i, spelled, phrases())
+            if finding:
+                item, its_words = (finding, "finding"), {how for _, how in sentence[i:i + length]}
+                status = next(how for how in ("negated", "possible", "affirmed") if how in its_words)
             said.append((item, status))
             i += length
         result.append(said)
@@ -739,17 +724,19 @@ def key_findings(text):
     """{(finding, "finding") or (value, unit, comparison): "affirmed", "negated", "possible", or None where
     affirmed and negated} of a text, see FINDINGS and `with_numbers`.
     """
-    found = {}
+    said = {}
     for sentence in said_in(text):
         for item, status in sentence:
             if isinstance(item, tuple):
-                found.setdefault(item, set()).add(status)
-    return {
-        item: None
-        if {"affirmed", "negated"} <= how
-        else next(s for s in ("affirmed", "negated", "possible") if s in how)
-        for item, how in found.items()
-    }
+                said.setdefault(item, set()).add(status)
+    return {item: None if {"affirmed", "negated"} <= how
+            else next(status for status in ("affirmed", "negated", "possible") if status in how)
+            for item, how in said.items()}
+
+
+def half_said(number):
+    """A number, (value, unit, comparison), without its comparison, or with one where it has none."""
+    return [(*number[:2], compared) for compared in ([""] if number[2] else ["above", "below"])]
 
 
 def findings_f1(answer, gold, question=""):
@@ -762,45 +749,29 @@ def findings_f1(answer, gold, question=""):
     the gold answer does not mention may be denied. The measure is that of CheXbert's label F1 (Smit et al.
     2020, arXiv:2004.09167), with findings of ECGs.
     """
-    known = key_findings(question)
-    wanted, said = (
-        {item: status for item, status in key_findings(text).items() if known.get(item, "") != status}
-        for text in (gold, answer)
-    )
-    wanted = {item: status for item, status in wanted.items() if status}
+    given, in_gold = key_findings(question), key_findings(gold)
+    wanted = {item: status for item, status in in_gold.items() if status and given.get(item) != status}
     if not wanted:
         return None
-    torn = {item for item, status in key_findings(gold).items() if not status}
-    said = {
-        item: status
-        for item, status in said.items()
-        if item in wanted or status != "negated" and item not in torn
-    }
+    torn = {item for item, status in in_gold.items() if not status}
+    said = {item: status for item, status in key_findings(answer).items() if given.get(item, "") != status
+            and (item in wanted or status != "negated" and item not in torn)}
     right = 0.0
     for item, status in wanted.items():
-        others = (
-            [item]
-            if item[1] == "finding"
-            else [(*item[:2], compared) for compared in (item[2], "above", "below", "")]
-        )
-        found = next(
-            (other for other in others if other in said and (other == item or "" in (other[2], item[2]))),
-            None,
-        )
-        if found and said[found] == status:
-            right += 1.0 if found == item else 0.5
-        elif found == item and {said[item], status} == {"affirmed", "possible"}:
+        halves = [] if item[1] == "finding" else half_said(item)
+        if item in said and said[item] == status:
+            right += 1.0
+        elif item in said:
+            right += 0.5 if {said[item], status} == {"affirmed", "possible"} else 0.0
+        elif said.get(next((half for half in halves if half in said), None)) == status:
             right += 0.5
     return 2 * right / (len(wanted) + len(said))
 
 
 def flat(text):
     """The items of all sentences of a text, with affirmed for possible where they are words."""
-    return [
-        (item, status if isinstance(item, tuple) or status == "negated" else "affirmed")
-        for sentence in said_in(text)
-        for item, status in sentence
-    ]
+    return [(item, status if isinstance(item, tuple) or status == "negated" else "affirmed")
+            for sentence in said_in(text) for item, status in sentence]
 
 
 def token_f1(answer, gold, question=""):
@@ -812,13 +783,14 @@ def token_f1(answer, gold, question=""):
     0.8 times the share of the other words in common that have a neighbour in common: shuffled words say
     nothing.
     """
-    known = set(flat(question))
-    said, wanted = ([item for item in flat(text) if item not in known] for text in (answer, gold))
+    given = set(flat(question))
+    said, wanted = ([item for item in flat(text) if item not in given] for text in (answer, gold))
     if not wanted:  # the gold answer only repeats the question
         said, wanted = flat(answer), flat(gold)
-    weigh = lambda counter: sum(
-        count * (3 if isinstance(item[0], tuple) else 1) for item, count in counter.items()
-    )  # noqa: E731
+
+    def weight(items):
+        return sum(3 * count if isinstance(item[0], tuple) else count for item, count in items.items())
+
     both = Counter(said) & Counter(wanted)
     if not both:
         return float(plain(answer) == plain(gold))
@@ -826,7 +798,7 @@ def token_f1(answer, gold, question=""):
     linked = {item for pair in zip(said, said[1:]) if pair in pairs for item in pair}
     loose = [item for item in both if not isinstance(item[0], tuple)]
     order = sum(item in linked for item in loose) / len(loose) if loose and len(wanted) > 1 else 1.0
-    return 2 * weigh(both) / (weigh(Counter(said)) + weigh(Counter(wanted))) * (0.2 + 0.8 * order)
+    return 2 * weight(both) / (weight(Counter(said)) + weight(Counter(wanted))) * (0.2 + 0.8 * order)
 
 
 def length_guard(answer, gold):
@@ -880,39 +852,33 @@ REFER = frozenset(
      "stated here before earlier and or but do does did has have been must should can actual reality truth "
      "quite simply instead however s any").split())
 
-
 @functools.cache
 def opposites():
     """{stem: [(line of OPPOSITES, side, 1 or -1)]}."""
     index = {}
     for line, text in enumerate(OPPOSITES.split(";")):
-        for side, words_of in zip((1, -1), text.split("|")):
-            for word in dict.fromkeys(map(stem, words_of.split())):
+        for side, spelled in zip((1, -1), text.split("|")):
+            for word in dict.fromkeys(map(stem, spelled.split())):
                 index.setdefault(word, []).append((line, side))
     return index
 
 
 def retractions(text):
-    """How many clauses of a text do nothing but call it false ("All of this is wrong.", "Disregard the above",
-    "The opposite is true"): of words that point at the answer, deny or call false; one other word may be
-    among them.
+    """How many clauses of a text do nothing but call it false ("All of this is wrong.", "Disregard the
+    above", "The opposite is true"): of words that point at the answer, deny or call false; one other word may
+    be among them.
     """
-    count = 0
-    for clause in re.split(
-        r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b",
-        text[:50_000].lower().replace("n't", " not"),
-    ):
-        own = re.findall(r"[^\W\d_]+", clause)
-        false = [word for word in own if word in FALSE] or {"take", "back"} <= set(own)
-        denied = [word for word in own if word in DENY]
-        true = [word for word in own if word in TRUE]
-        rest = [
-            word
-            for word in own
-            if word not in FALSE and word not in DENY and word not in TRUE and word not in REFER
-        ]
-        count += (bool(false) and not denied or bool(denied and true)) and len(rest) <= (len(own) > 3)
-    return count
+    def retracts(clause):
+        spelled = re.findall(r"[^\W\d_]+", clause)
+        false = not FALSE.isdisjoint(spelled) or {"take", "back"} <= set(spelled)
+        denied, true = not DENY.isdisjoint(spelled), not TRUE.isdisjoint(spelled)
+        others = sum(word not in pointing for word in spelled)
+        return (denied and true or false and not denied) and others <= (1 if len(spelled) > 3 else 0)
+
+    pointing = FALSE | DENY | TRUE | REFER
+    clauses = re.split(r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b",
+                       text[:50_000].lower().replace("n't", " not"))
+    return sum(map(retracts, clauses))
 
 
 def opposed(answer, gold):
@@ -920,53 +886,63 @@ def opposed(answer, gold):
     depression" for "ST elevation"), or instead of it anywhere, or with another prefix ("irregular",
     "hypokalemia"), in the same status.
     """
-    sides = [
-        {word for sentence in read(text) for word, _ in sentence if isinstance(word, str)}
-        for text in (gold, answer)
-    ]
-    known = sides[0] | sides[1]
-    prefixed = {}
-    for word in known:
+    vocabulary = {word for text in (gold, answer) for sentence in read(text) for word, _ in sentence
+                  if isinstance(word, str)}
+    prefixed = {}  # word: its poles, as in `opposites`
+    for word in vocabulary:
         for prefix in PREFIXES:
             rest = word.removeprefix(prefix)
-            if rest != word and len(rest) > 3 + (len(prefix) < 2):
-                for other in {rest, SWAPPED.get(prefix, prefix) + rest} & known - {word}:
+            if rest != word and len(rest) > (4 if prefix == "a" else 3):
+                for other in ({rest, SWAPPED.get(prefix, prefix) + rest} & vocabulary) - {word}:
                     prefixed.setdefault(word, []).append((prefix + rest, -1))
                     prefixed.setdefault(other, []).append((prefix + rest, 1))
-    beside, occurring = {}, []  # of the gold answer: {(line, side, negated): neighbours}
-    counts = Counter(), Counter()
-    for number, text in enumerate((gold, answer)):
+
+    def occurrences(text):
+        """[(poles of a word, its neighbours, how often)]; a pole is (line, side, negated)."""
         places = Counter()  # (word before, word, word behind, negated): a text may repeat itself without end
         for sentence in read(text):
             spelled = [None, *(word for word, _ in sentence), None]
             negated = [status == "negated" for _, status in sentence]
             places.update(zip(spelled, spelled[1:], spelled[2:], negated))
         for (before, word, behind, negated), times in places.items():
-            keys = [(*pole, negated) for pole in (*opposites().get(word, ()), *prefixed.get(word, ()))]
-            neighbours = {before, behind} - {word, None}
-            for key in keys:
-                counts[number][key] += times
-                if number == 0:
-                    beside.setdefault(key, set()).update(neighbours)
-            if keys and number:
-                occurring.append((keys, neighbours, times))
-    there = sum(
-        times
-        for keys, neighbours, times in occurring
-        if any(
-            beside.get((line, -side, how), set()) & neighbours - beside.get((line, side, how), set())
-            for line, side, how in keys
-        )
-    )
-    wanted, said = counts
-    instead = max(
-        (
-            min(count - wanted[key], wanted[key[0], -key[1], key[2]] - said[key[0], -key[1], key[2]])
-            for key, count in said.items()
-        ),
-        default=0,
-    )
+            poles = [(*pole, negated) for pole in (*opposites().get(word, ()), *prefixed.get(word, ()))]
+            if poles:
+                yield poles, {before, behind} - {word, None}, times
+
+    def other(pole):
+        return pole[0], -pole[1], pole[2]
+
+    wanted, beside = Counter(), {}  # of each pole in the gold answer: how often, and its neighbours
+    for poles, neighbours, times in occurrences(gold):
+        for pole in poles:
+            wanted[pole] += times
+            beside.setdefault(pole, set()).update(neighbours)
+    said, there = Counter(), 0
+    for poles, neighbours, times in occurrences(answer):
+        for pole in poles:
+            said[pole] += times
+        if any(beside.get(other(pole), set()) & neighbours - beside.get(pole, set()) for pole in poles):
+            there += times
+    instead = max((min(count - wanted[pole], wanted[other(pole)] - said[other(pole)])
+                   for pole, count in said.items()), default=0)
     return max(there, instead)
+
+
+def numbers_in(text):
+    """(Counter of the numbers of a text, {(where, word beside, unit): numbers}); a word that ends in a digit
+    is one too ("V2"), its letters are its unit.
+    """
+    numbers, places = Counter(), {}
+    for sentence in read(text):
+        for i, (word, _) in enumerate(sentence):
+            if isinstance(word, str) and not word[-1].isdigit():
+                continue
+            number = word if isinstance(word, tuple) else (word, word.rstrip("0123456789.").lstrip("-"), "")
+            numbers[number] += 1
+            for step in (-1, 1):
+                beside = sentence[i + step][0] if 0 <= i + step < len(sentence) else ""
+                places.setdefault((step, beside, number[1]), set()).add(number)
+    return numbers, places
 
 
 def numbers_changed(answer, gold, question=""):
@@ -974,45 +950,36 @@ def numbers_changed(answer, gold, question=""):
     word: "V2") that neither the gold answer nor the question has, instead of one of the gold answer's or
     beside the same word as it; and bare numbers ("type 2") that replace another beside the same word.
     """
-    found, places = (
-        [],
-        [],
-    )  # of gold answer, answer and question: numbers, and {(where, word beside, unit): numbers}
-    for text in (gold, answer, question):
-        own, at = Counter(), {}
-        for sentence in read(text):
-            for i, (word, _) in enumerate(sentence):
-                if isinstance(word, str) and not word[-1].isdigit():
-                    continue
-                item = word if isinstance(word, tuple) else (word, word.rstrip("0123456789.").lstrip("-"), "")
-                own[item] += 1
-                for step in (-1, 1):
-                    beside = sentence[i + step][0] if 0 <= i + step < len(sentence) else ""
-                    at.setdefault((step, beside, item[1]), set()).add(item)
-        found.append(own)
-        places.append(at)
-    missing, extra = found[0] - found[1], found[1] - found[0]
-    for value, unit, compared in list(missing):  # half said, but not changed
-        for other in ((value, unit, ""),) if compared else ((value, unit, "above"), (value, unit, "below")):
-            both = min(missing[value, unit, compared], extra[other])
-            missing[value, unit, compared] -= both
+    (said, said_at), (wanted, wanted_at) = numbers_in(answer), numbers_in(gold)
+    missing, extra = wanted - said, said - wanted
+    for number in list(missing):  # half said, but not changed
+        for other in half_said(number):
+            both = min(missing[number], extra[other])
+            missing[number] -= both
             extra[other] -= both
-    new = {item for item, count in extra.items() if count and item not in found[0] and item not in found[2]}
+    given, _ = numbers_in(question)
+    new = {number for number, count in extra.items()
+           if count and number not in wanted and number not in given}
     instead, lost = Counter(), Counter()
-    for item, count in extra.items():
-        instead[item[1]] += count if item in found[0] or item in new else 0
-    for item, count in missing.items():
-        lost[item[1]] += count
-    named = (instead & lost).total() - (instead & lost)[""]
-    both_ways = sum(
-        bool(own & new) and place[2] != "" for place, own in places[1].items() if place in places[0]
-    )
-    bare = any(
-        own - places[0][place] and places[0][place] - own
-        for place, own in places[1].items()
-        if place in places[0] and not place[2]
-    )
-    return max(named, min(1, both_ways)) + bare
+    for number, count in extra.items():
+        if number in wanted or number in new:
+            instead[number[1]] += count
+    for number, count in missing.items():
+        lost[number[1]] += count
+    changed = sum(count for unit, count in (instead & lost).items() if unit)
+    bare = 0
+    for place, numbers in said_at.items():
+        if place in wanted_at and place[2]:
+            changed = max(changed, 1 if numbers & new else 0)
+        elif place in wanted_at and numbers - wanted_at[place] and wanted_at[place] - numbers:
+            bare = 1
+    return changed + bare
+
+
+def neighbours(said):
+    """[((item, the next), (whether negated, the next))] of a sentence; a single item stands beside itself."""
+    return [((a, b), (one == "negated", two == "negated"))
+            for (a, one), (b, two) in zip(said, said[1:] or said)]
 
 
 def contradictions(answer, gold, question=""):
@@ -1020,132 +987,158 @@ def contradictions(answer, gold, question=""):
     neighbouring words, which the gold answer affirms (or the other way round), and what `opposed` and
     `numbers_changed` count. What the gold answer says both ways can't be contradicted.
     """
-    found, pairs = key_findings(gold), {}
+    wanted, pairs = key_findings(gold), {}
     for said in said_in(gold):
-        for (a, one), (b, two) in zip(said, said[1:] or said):  # a single word: beside itself
-            pairs.setdefault((a, b), set()).add((one == "negated", two == "negated"))
-    turned = 0
-    for said in said_in(answer):
-        turned += any({status, found.get(item)} == {"affirmed", "negated"} for item, status in said) or any(
-            (one == "negated", two == "negated")
-            not in pairs.get((a, b), [(one == "negated", two == "negated")])
-            for (a, one), (b, two) in zip(said, said[1:] or said)
-        )
-    return turned + opposed(answer, gold) + numbers_changed(answer, gold, question)
+        for items, negated in neighbours(said):
+            pairs.setdefault(items, set()).add(negated)
+
+    def turned(said):
+        return (any({status, wanted.get(item)} == {"affirmed", "negated"} for item, status in said)
+                or any(negated not in pairs.get(items, [negated]) for items, negated in neighbours(said)))
+
+    return sum(map(turned, said_in(answer))) + opposed(answer, gold) + numbers_changed(answer, gold, question)
 
 
-# === the score ========================================================================================================
+# === the score ==============================================================================================
 
-# Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their weight to the others.
-WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
+# Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their
+# weight to the others.
+WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1,
+                      "brevity": 0.05},
            "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
-# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can pass it.
-# On the real rows of tests/README.md, 89 of 117 second answers to a question do, and 23 of 8,772 wrong ones.
+# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can
+# pass it. On the real rows of tests/README.md, 89 of 117 second answers to a question do, and 23 of 8,772
+# wrong ones.
 ENOUGH = 0.5
 METHOD = {"ecg_expert_qa": "hybrid", "medical_o1": "reasoning"}  # the usual mix of a data source
 
 
-def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, method="", weights=None, encoder="", language_model="",
-                   reward_model=""):
-    """Scores free-text completions, so many at once that models see batches; compute_score of each gives the same.
+def weighted(parts, mix):
+    """Mean of the parts that `mix`, {part: weight}, names, kept in -1 to 1."""
+    mean = sum(weight * parts[name] for name, weight in mix.items()) / sum(mix.values())
+    return max(-1.0, min(1.0, mean))
 
-    data_source: "ecg_expert_qa" or "medical_o1". The other three: lists of equal length, see compute_score. method: a key of
-    WEIGHTS ("" = METHOD's). weights: instead of its weights; "learned", the reward model's, is another part, of weight 0 unless given.
-    encoder, language_model, reward_model: names of models, "" for none: then similarity is token_f1 of the overlap of
-    words, and fluency and learned are left out.
-    Returns a dict each: score, -1 to 1: the weighted mean of the parts, or -1 where there is no answer in the one answer
-    block; rule, the same without the reward model; the parts, unweighted, 0 to 1; accuracy (1.0 or 0.0: the verdict of a yes/no
-    question is right, else every key finding is, or, where the gold answer has none, tokens is more than ENOUGH); format_ok;
-    answer. Each contradiction of the gold answer (see `contradictions`) halves findings, tokens and similarity; an answer with
-    the wrong verdict, or that takes itself back, has none of them.
+
+def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, method="", weights=None,
+                   encoder="", language_model="", reward_model=""):
+    """Scores free-text completions, so many at once that models see batches; compute_score of each gives the
+    same.
+
+    data_source: "ecg_expert_qa" or "medical_o1". The other three: lists of equal length, see compute_score.
+    method: a key of WEIGHTS ("" = METHOD's). weights: instead of its weights; "learned", the reward model's,
+    is another part, of weight 0 unless given. encoder, language_model, reward_model: names of models, "" for
+    none: then similarity is token_f1 of the overlap of words, and fluency and learned are left out.
+    Returns a dict each: score, -1 to 1: the weighted mean of the parts, or -1 where there is no answer in the
+    one answer block; rule, the same without the reward model; the parts, unweighted, 0 to 1; accuracy (1.0 or
+    0.0: the verdict of a yes/no question is right, else every key finding is, or, where the gold answer has
+    none, tokens is more than ENOUGH); format_ok; answer. Each contradiction of the gold answer (see
+    `contradictions`) halves findings, tokens and similarity; an answer with the wrong verdict, or that takes
+    itself back, has none of them.
     """
     tags, mix = TAGS[data_source], weights or WEIGHTS[method or METHOD[data_source]]
     answers = [answer_block(text, tags) or "" for text in solution_strs]
-    questions = [(extra or {}).get("question") or "" for extra in extra_infos]
-    if encoder:
-        closeness([pair for a, g, q in zip(answers, ground_truths, questions) if a for pair in ((a, g), (q, g))], encoder)  # in batches
-    fluent = fluency(answers, ground_truths, language_model) if language_model else None
-    learned = learned_rewards(questions, answers, reward_model) if reward_model else None
+    extra_infos = [extra or {} for extra in extra_infos]
+    questions = [extra.get("question") or "" for extra in extra_infos]
+    if encoder:  # in batches, for what `similarity` asks below
+        closeness([pair for answer, gold, question in zip(answers, ground_truths, questions) if answer
+                   for pair in ((answer, gold), (question, gold))], encoder)
+    fluent = fluency(answers, ground_truths, language_model) if language_model else []
+    learned = learned_rewards(questions, answers, reward_model) if reward_model else []
     results = []
-    for i, (text, answer, gold, question) in enumerate(zip(solution_strs, answers, ground_truths, questions)):
-        in_place = tags_in_place(text, tags)
-        by_words = token_f1(answer, gold, question) if answer else 0.0
+    for i, answer in enumerate(answers):
+        gold, question = ground_truths[i], questions[i]
+        in_place = tags_in_place(solution_strs[i], tags)
+        by_words = similar = token_f1(answer, gold, question) if answer else 0.0
         by_findings = findings_f1(answer, gold, question) if answer else 0.0
-        parts = {"findings": by_words if by_findings is None else by_findings, "tokens": by_words,
-                 "similarity": by_words if not encoder or not answer else float(plain(answer) == plain(gold)) or similarity(
-                     answer, gold, question, encoder),
+        if encoder and answer:
+            similar = 1.0 if plain(answer) == plain(gold) else similarity(answer, gold, question, encoder)
+        wanted = verdict(gold) if extra_infos[i].get("verdict") else ""
+        if retractions(answer) > retractions(gold) or wanted and verdict(answer) != wanted:
+            kept = 0.0
+        else:
+            kept = 0.5 ** contradictions(answer, gold, question)
+        parts = {"findings": kept * (by_words if by_findings is None else by_findings),
+                 "tokens": kept * by_words, "similarity": kept * similar,
                  "format": in_place / len(tags), "brevity": length_guard(answer, gold) if answer else 0.0}
         if fluent:
             parts["fluency"] = fluent[i]
-        wanted = verdict(gold) if (extra_infos[i] or {}).get("verdict") else ""
-        taken_back = retractions(answer) > retractions(gold) or wanted and verdict(answer) != wanted
-        kept = 0.0 if taken_back else 0.5 ** contradictions(answer, gold, question)
-        parts |= {part: kept * parts[part] for part in ("findings", "tokens", "similarity")}
         if learned:
             parts["learned"] = learned[i] if answer else 0.0
-        there = {part: weight for part, weight in mix.items() if part in parts}
-        rules = {part: weight for part, weight in there.items() if part != "learned"}
-        rule, score = (sum(weight * parts[part] for part, weight in own.items()) / sum(own.values()) if answer else -1.0
-                       for own in (rules or there, there))
-        right = (kept > 0 and verdict(answer) == wanted) if wanted else parts["findings"] > ENOUGH if by_findings is None else (
-            parts["findings"] == 1)
-        results.append({"score": max(-1.0, min(1.0, score)), "rule": max(-1.0, min(1.0, rule)), **parts, "accuracy": float(right),
-                        "format_ok": float(in_place == len(tags)), "answer": answer})
+        there = {name: weight for name, weight in mix.items() if name in parts}
+        rules = {name: weight for name, weight in there.items() if name != "learned"}
+        if wanted:
+            right = kept > 0 and verdict(answer) == wanted
+        else:
+            right = parts["findings"] > ENOUGH if by_findings is None else parts["findings"] == 1
+        results.append({"score": weighted(parts, there) if answer else -1.0,
+                        "rule": weighted(parts, rules or there) if answer else -1.0, **parts,
+                        "accuracy": float(right), "format_ok": float(in_place == len(tags)),
+                        "answer": answer})
     return results
 
 
 def verdict(answer):
-    """"yes" or "no" where a free-text answer begins with it and does not say the other anywhere as an answer: at the head of a
-    sentence, or before a punctuation mark, "and", "or" or the end ("Yes and no.", "Yes. No ...", "Yes, but the answer is no."); else "".
+    """"yes" or "no" where a free-text answer begins with it and does not say the other anywhere as an answer:
+    at the head of a sentence, or before a punctuation mark, "and", "or" or the end ("Yes and no.", "Yes. No
+    ...", "Yes, but the answer is no."); else "".
     """
     text = answer.lower()[:50_000]
     first = re.match(r"\W*(yes|no)\b", text)
-    other = first and {"yes": "no", "no": "yes"}[first[1]]
-    taken_back = first and re.search(rf"(?:^|[.;!?\n])\W*{other}\b|\b{other}\s*(?:[^\w\s'’]|$|(?:and|or)\b)", text)
-    return first[1] if first and not taken_back else ""
+    if not first:
+        return ""
+    other = {"yes": "no", "no": "yes"}[first[1]]
+    taken_back = re.search(rf"(?:^|[.;!?\n])\W*{other}\b|\b{other}\s*(?:[^\w\s'’]|$|(?:and|or)\b)", text)
+    return "" if taken_back else first[1]
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None, tag_weight=None,
-                  similarity_weight=None, encoder="", reward_router_address=None, reward_model_tokenizer=None, **free_text):
-    """Scores one completion. As it stands it is verl's custom reward function too (the two reward_* knobs are verl's, unused here).
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None,
+                  tag_weight=None, similarity_weight=None, encoder="", reward_router_address=None,
+                  reward_model_tokenizer=None, **free_text):
+    """Scores one completion. As it stands it is verl's custom reward function too (the two reward_* knobs are
+    verl's, unused here).
 
-    data_source: a key of TAGS. solution_str: generated text only, without the prompt. ground_truth: the right label.
-    extra_info: the row's `extra` (MedMCQA: without options letters alone count; question and explanation
-    where they are). The weights are those of the data source (CORRECT_WEIGHT, TAG_WEIGHT, SIMILARITY_WEIGHT)
-    unless given. encoder: name of a sentence encoder for the similarity, "" for word overlap.
-    Returns a dict with the same keys for every input of a data source: score, the sum of its weighted parts correctness,
-    format and (MedMCQA) similarity; accuracy (1.0 or 0.0, the answer is right), format_ok (1.0 or 0.0, all tags in place)
-    and answer (the parsed label, "" if there is none). PubMedQA: 0 to 2.8; MedMCQA: 0 to 1.6. Free text (METHOD's sources) has
-    other knobs and parts, see compute_scores. Raises ValueError for an unknown data_source.
+    data_source: a key of TAGS. solution_str: generated text only, without the prompt. ground_truth: the right
+    label. extra_info: the row's `extra` (MedMCQA: without options letters alone count; question and
+    explanation where they are). The weights are those of the data source (CORRECT_WEIGHT, TAG_WEIGHT,
+    SIMILARITY_WEIGHT) unless given. encoder: name of a sentence encoder for the similarity, "" for word
+    overlap.
+    Returns a dict with the same keys for every input of a data source: score, the sum of its weighted parts
+    correctness, format and (MedMCQA) similarity; accuracy (1.0 or 0.0, the answer is right), format_ok (1.0
+    or 0.0, all tags in place) and answer (the parsed label, "" if there is none). PubMedQA: 0 to 2.8;
+    MedMCQA: 0 to 1.6. Free text (METHOD's sources) has other knobs and parts, see compute_scores. Raises
+    ValueError for an unknown data_source.
     """
     if data_source not in TAGS:
         raise ValueError(f"unknown data_source {data_source!r}, known: {', '.join(TAGS)}")
     if data_source in METHOD:
-        return compute_scores(data_source, [solution_str], [ground_truth], [extra_info], encoder=encoder, **free_text)[0]
-    correct_weight, tag_weight, similarity_weight = (
-        given if given is not None else usual[data_source] for given, usual in
-        ((correct_weight, CORRECT_WEIGHT), (tag_weight, TAG_WEIGHT), (similarity_weight, SIMILARITY_WEIGHT)))
-    tags = TAGS[data_source]
-    extra_info = extra_info or {}
+        return compute_scores(data_source, [solution_str], [ground_truth], [extra_info], encoder=encoder,
+                              **free_text)[0]
+    tags, extra = TAGS[data_source], extra_info or {}
     if data_source == "medmcqa":
-        options = extra_info.get("options")  # a list, or an array from a parquet file
-        known = options is not None and len(options) > 0
-        answer = parse_option(solution_str, tags, options if known else [""] * 4)
+        options = extra.get("options")  # a list, or an array from a parquet file
+        lettered = options is None or len(options) == 0
+        answer = parse_option(solution_str, tags, [""] * 4 if lettered else options)
     else:
         answer = parse_answer(solution_str, tags, LABELS[data_source])
     accuracy = float(answer != "" and answer == ground_truth)
     in_place = tags_in_place(solution_str, tags)
+    correct_weight = CORRECT_WEIGHT[data_source] if correct_weight is None else correct_weight
+    tag_weight = TAG_WEIGHT[data_source] if tag_weight is None else tag_weight
     parts = {"correctness": correct_weight * accuracy, "format": tag_weight * in_place}
     if data_source == "medmcqa":
-        parts["similarity"] = similarity_weight * similarity(
-            reasoning_block(solution_str, tags), extra_info.get("explanation") or "", extra_info.get("question") or "", encoder)
-    return {"score": sum(parts.values()), **parts, "accuracy": accuracy, "format_ok": float(in_place == len(tags)), "answer": answer}
+        weight = SIMILARITY_WEIGHT[data_source] if similarity_weight is None else similarity_weight
+        explanation, question = extra.get("explanation") or "", extra.get("question") or ""
+        reasoning = reasoning_block(solution_str, tags)
+        parts["similarity"] = weight * similarity(reasoning, explanation, question, encoder)
+    return {"score": sum(parts.values()), **parts, "accuracy": accuracy,
+            "format_ok": float(in_place == len(tags)), "answer": answer}
 
 
 def trl_reward(completions, data_source, ground_truth=(), extra=(), reward_model=(), extra_info=(), **_):
-    """The scores as TRL's GRPOTrainer asks for them, of conversational or plain completions. The columns are those of prepared rows,
-    or of verl's parquet, which load_dataset takes where a folder has both.
+    """The scores as TRL's GRPOTrainer asks for them, of conversational or plain completions. The columns are
+    those of prepared rows, or of verl's parquet, which load_dataset takes where a folder has both.
     """
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     truths = ground_truth or [one["ground_truth"] for one in reward_model]
-    return [compute_score(*row)["score"] for row in zip(data_source, texts, truths, extra or extra_info, strict=True)]
+    rows = zip(data_source, texts, truths, extra or extra_info, strict=True)
+    return [compute_score(*row)["score"] for row in rows]
