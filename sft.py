@@ -1,14 +1,14 @@
-"""Supervised training: the warm start before GRPO, for any task that has gold completions, and a reward model.
+"""Supervised training: the warm start before GRPO, for any task with gold completions, and a reward model.
 
-    python sft.py --task medmcqa                       GPU: a LoRA adapter for Qwen3-4B-Base on the hub's MedMCQA
-                                                       no GPU: the built-in model and items, about 3 minutes
-    python sft.py --task ecg                           GPU: one for Llama-3.2-3B-Instruct on the built-in ECG readings
-    python sft.py --task medmcqa --data PATH           your own rows: what data.prepare reads, or has prepared
-    python sft.py --task medmcqa --lora_r 0            all weights instead of an adapter
-    python sft.py --help                               every knob
-    python sft.py reward_model --data PREPARED --out DIR
-                                                       a reward model for free-text answers, on preference pairs
-                                                       made from prepared rows (see train_reward_model)
+    python sft.py --task medmcqa            GPU: a LoRA adapter for Qwen3-4B-Base on the hub's MedMCQA
+                                            no GPU: the built-in model and items, about 3 minutes
+    python sft.py --task ecg                GPU: one for Llama-3.2-3B-Instruct on the built-in ECG readings
+    python sft.py --task medmcqa --data PATH
+                                            your own rows: what data.prepare reads, or has prepared
+    python sft.py --task medmcqa --lora_r 0 all weights instead of an adapter
+    python sft.py --help                    every knob
+    python sft.py reward_model --data DIR   a reward model for free-text answers, on preference pairs made
+                                            from rows of data.prepare; its knobs: reward_model --help
 
 The model sees prompt and completion and is trained on the completion's tokens alone, end of turn included; a
 batch's loss is the mean over its tokens. Rows that are longer than --max_seq_length are left out and counted,
@@ -49,16 +49,16 @@ class Config:
 
     task: Literal["pubmedqa", "medmcqa", "ecg", "medical_o1"] = "medmcqa"  # whose rows
     # --- model
-    model: str = ""  # hub id, model folder, or tiny, the built-in model ("" = what the task's GRPO script trains)
+    model: str = ""  # hub id, folder, or tiny, the built-in model ("" = what the task's GRPO script trains)
     lora_r: int = 16  # rank of the adapter on all linear layers (0 = train all weights)
     lora_alpha: int = 32  # its scale: the adapter's product counts alpha / r times
     load_in_4bit: bool = False  # quantise the base through bitsandbytes
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # to compute in; what is trained is fp32
     attn_implementation: str = "sdpa"  # attention kernel of transformers
     # --- data
-    data: str = ""  # builtin, hub, hub:ORG/NAME[:CONFIG], or a file or prepared folder ("" = hub with a GPU, builtin without; ECG: builtin)
+    data: str = ""  # builtin, hub, hub:ORG/NAME[:CONFIG], file or folder ("" = hub; ECG, no GPU: builtin)
     maybe: bool = False  # PubMedQA: keep the third class
-    cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: the number of option A in `cop` (auto: told from the values)
+    cop_base: Literal["auto", "0", "1"] = "auto"  # MedMCQA: number of option A in `cop` (auto: by the values)
     question_field: str = ""  # field of your own file that holds the question
     context_field: str = ""  # ... the context
     answer_field: str = ""  # ... the answer
@@ -70,7 +70,7 @@ class Config:
     batch_size: int = 8  # rows in a forward pass
     gradient_accumulation_steps: int = 4  # forward passes in an optimiser step
     gradient_checkpointing: bool = False  # keep less for the backward pass, compute it anew: less memory
-    learning_rate: float = 2e-4  # peak of AdamW's; rises for a twentieth of the steps, then falls to 0 as a line
+    learning_rate: float = 2e-4  # peak of AdamW's; rises for a twentieth of the steps, then falls linearly
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # --- evaluation
     eval_size: int = 200  # held-out rows scored before and after, and for the validation loss
@@ -88,27 +88,27 @@ class Config:
 
 
 # What differs for the built-in model; applied with --model tiny only, and never over a flag that was given.
-TINY = dict(num_epochs=2, batch_size=32, gradient_accumulation_steps=1, learning_rate=3e-3, max_seq_length=2048,
-            max_completion_length=64)
+TINY = dict(num_epochs=2, batch_size=32, gradient_accumulation_steps=1, learning_rate=3e-3,
+            max_seq_length=2048, max_completion_length=64)
 TINY_ECG = dict(lora_r=0, num_epochs=3, batch_size=16, learning_rate=2e-3,
                 max_completion_length=112)  # its words are new to the model: embeddings must learn too
-PANELS = [("Loss", "nats per token", {"training": "loss", "validation": "eval_loss"}), ("Accuracy", "share correct", {}),
-          ("Learning rate", "", {"rate": "learning_rate"})]
+PANELS = [("Loss", "nats per token", {"training": "loss", "validation": "eval_loss"}),
+          ("Accuracy", "share correct", {}), ("Learning rate", "", {"rate": "learning_rate"})]
 
 
 def encode(tokenizer, rows, config, what):
-    """[(prompt_ids, completion_ids)] of the rows that have a gold completion and fit; says how many have or do not."""
+    """[(prompt_ids, completion_ids)] of the rows that have a gold completion and fit; says how many do."""
     targets = [row for row in rows if row["target"]]
     end = [evaluation.end_of_turn(tokenizer)]
     pairs = [(evaluation.encode_prompt(tokenizer, row["prompt"]),
               tokenizer(row["target"], add_special_tokens=False).input_ids + end) for row in targets]
     fitting = [pair for pair in pairs if sum(map(len, pair)) <= config.max_seq_length]
-    print(f"data: {len(targets)} of {len(rows)} {what} rows have a gold completion"
-          + f", {len(pairs) - len(fitting)} of them longer than --max_seq_length {config.max_seq_length} and left out"
-          * (len(fitting) < len(pairs)))
+    limit, long = f"--max_seq_length {config.max_seq_length}", len(pairs) - len(fitting)
+    left_out = f", {long} of them longer than {limit} and left out" if long else ""
+    print(f"data: {len(targets)} of {len(rows)} {what} rows have a gold completion{left_out}")
     if not fitting:
-        raise InputError(f"no {what} row of --data {config.data} has a gold completion that fits into --max_seq_length "
-                         f"{config.max_seq_length}: bring rows with explanations, or raise the limit")
+        raise InputError(f"no {what} row of --data {config.data} has a gold completion that fits into "
+                         f"{limit}: bring rows with explanations, or raise the limit")
     return fitting
 
 
@@ -118,8 +118,9 @@ def batches(pairs, size, seed, epoch):
     order = generator.sample(range(len(pairs)), len(pairs))
     result = []
     for start in range(0, len(order), 50 * size):
-        alike = sorted(order[start:start + 50 * size], key=lambda i: sum(map(len, pairs[i])))
-        result += [[pairs[i] for i in alike[first:first + size]] for first in range(0, len(alike), size)]
+        alike = [pairs[i] for i in order[start:start + 50 * size]]
+        alike.sort(key=lambda pair: sum(map(len, pair)))
+        result += [alike[first:first + size] for first in range(0, len(alike), size)]
     generator.shuffle(result)
     return result
 
@@ -127,12 +128,12 @@ def batches(pairs, size, seed, epoch):
 def completion_nll(model, batch, compute):
     """(sum of the negative log-probabilities of the completions' tokens in nats, their number)."""
     width = max(sum(map(len, pair)) for pair in batch)  # padded on the right: causal attention needs no mask
-    ids = torch.tensor([prompt + completion + [0] * (width - len(prompt) - len(completion)) for prompt, completion in batch],
-                       device=model.device)
-    position = torch.arange(width - 1, device=model.device)
-    starts, ends = (torch.tensor(x, device=model.device)[:, None] for x in (
-        [len(prompt) - 1 for prompt, _ in batch], [sum(map(len, pair)) - 1 for pair in batch]))
-    chosen = (position >= starts) & (position < ends)  # positions whose next token belongs to the completion
+    ids = torch.tensor([prompt + completion + [0] * (width - len(prompt) - len(completion))
+                        for prompt, completion in batch], device=model.device)
+    next_position = torch.arange(1, width, device=model.device)
+    starts = torch.tensor([[len(prompt)] for prompt, _ in batch], device=model.device)
+    ends = torch.tensor([[sum(map(len, pair))] for pair in batch], device=model.device)
+    chosen = (next_position >= starts) & (next_position < ends)  # whose next token is the completion's
     with evaluation.autocast(compute):
         hidden = model.get_decoder()(ids[:, :-1], use_cache=False)[0][chosen]
         logps, _ = evaluation.chosen_logps(model, hidden, ids[:, 1:][chosen], 1.0)
@@ -153,8 +154,8 @@ def give_back_freed_memory():
 def main(config):
     """The whole run: load, evaluate, train epoch by epoch, evaluate, save. Raises InputError."""
     check_knobs(config, "lora_r")
-    out = config.out or ("" if config.resume else f"runs/sft-{config.task}")  # --resume needs --out, which Run says
-    run = evaluation.Run("sft", replace(config, out=out), PANELS)
+    usual = "" if config.resume else f"runs/sft-{config.task}"  # --resume needs --out, which Run says
+    run = evaluation.Run("sft", replace(config, out=config.out or usual), PANELS)
     if run.finished:
         print(f"{run.folder} is finished (it has a summary.json): nothing left to do")
         return
@@ -165,9 +166,11 @@ def main(config):
     evaluation.check_rows(config, train, heldout, counts)
     libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
     heldout = heldout[:config.eval_size]
-    model, tokenizer, compute = evaluation.load_model(config.model, config.dtype, fp32_weights=not config.lora_r,
-                                                      attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
-    pairs, validation = encode(tokenizer, train, config, "training"), encode(tokenizer, heldout, config, "held-out")
+    model, tokenizer, compute = evaluation.load_model(
+        config.model, config.dtype, fp32_weights=not config.lora_r, load_in_4bit=config.load_in_4bit,
+        attn_implementation=config.attn_implementation)
+    pairs = encode(tokenizer, train, config, "training")
+    validation = encode(tokenizer, heldout, config, "held-out")
     heldout = evaluation.encode_rows(tokenizer, heldout, config.max_seq_length, "held-out")
     if config.dry_run:
         pairs, heldout = run.rehearse(config, pairs, heldout, libraries)
@@ -182,16 +185,22 @@ def main(config):
         give_back_freed_memory()
         recomputed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     trained = [p for p in model.parameters() if p.requires_grad]
-    print(f"training {sum(p.numel() for p in trained):,} weights" + (f" of a LoRA adapter (r {config.lora_r})" if config.lora_r else ""))
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    adapter = f" of a LoRA adapter (r {config.lora_r})" if config.lora_r else ""
+    print(f"training {sum(p.numel() for p in trained):,} weights{adapter}")
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=compute == torch.float16)
-    an_epoch = -(-len(batches(pairs, config.batch_size, config.seed, 0)) // config.gradient_accumulation_steps)  # steps
+    in_epoch = len(batches(pairs, config.batch_size, config.seed, 0))
+    an_epoch = -(-in_epoch // config.gradient_accumulation_steps)  # steps
     steps = an_epoch * config.num_epochs
     run.open([row for row in train if row["target"]], [row for row, _ in heldout])
     step, start = 0, time.time()
     state = run.load_checkpoint()
     if state:
-        set_peft_model_state_dict(model, state["model"]) if config.lora_r else model.load_state_dict(state["model"])
+        if config.lora_r:
+            set_peft_model_state_dict(model, state["model"])
+        else:
+            model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, start = state["step"], time.time() - state["seconds"]
@@ -199,17 +208,19 @@ def main(config):
 
     def save():
         weights = get_peft_model_state_dict(model) if config.lora_r else model.state_dict()
-        run.save_checkpoint({"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-                             "seconds": time.time() - start})
+        run.save_checkpoint({"model": weights, "optimizer": optimizer.state_dict(),
+                             "scaler": scaler.state_dict(), "step": step, "seconds": time.time() - start})
 
     def evaluate(title):
-        return evaluation.evaluate(model, tokenizer, heldout, compute, title=title, batch_size=config.eval_batch_size,
+        return evaluation.evaluate(model, tokenizer, heldout, compute, title=title,
+                                   batch_size=config.eval_batch_size,
                                    max_completion_length=config.max_completion_length)
 
     def validation_loss():
-        parts = [validation[i:i + config.batch_size] for i in range(0, len(validation), config.batch_size)]
+        firsts = range(0, len(validation), config.batch_size)
         with torch.no_grad():
-            sums, tokens = zip(*(completion_nll(model, part, compute) for part in parts))
+            sums, tokens = zip(*(completion_nll(model, validation[first:first + config.batch_size], compute)
+                                 for first in firsts))
         return sum(sums).item() / sum(tokens)
 
     # --- before
@@ -222,34 +233,38 @@ def main(config):
     bar = tqdm(run.steps(step + 1, steps), "train", steps, initial=step, unit="step", disable=None)
     order, ordered = [], -1  # the batches of an epoch, and of which
     for step in bar:
-        clock, (epoch, place) = time.time(), divmod(step - 1, an_epoch)
+        clock = time.time()
+        epoch, place = divmod(step - 1, an_epoch)
         if epoch != ordered:
             order, ordered = batches(pairs, config.batch_size, config.seed, epoch), epoch
-        parts = order[place * config.gradient_accumulation_steps:(place + 1) * config.gradient_accumulation_steps]
-        num_tokens = sum(len(completion) for part in parts for _, completion in part)
-        loss = 0.0
+        first = place * config.gradient_accumulation_steps
+        forwards = order[first:first + config.gradient_accumulation_steps]  # rows of each forward pass
+        rows = [{"prompt_ids": prompt, "completion_ids": completion}
+                for batch in forwards for prompt, completion in batch]
+        num_tokens, loss = sum(len(row["completion_ids"]) for row in rows), 0.0
         for layer in recomputed:
             layer.training = True
-        for part in parts:
-            with evaluation.memory_advice(f"in training on {len(part)} rows at once: lower --batch_size and raise "
-                                          "--gradient_accumulation_steps, or add --gradient_checkpointing"):
-                nll, _ = completion_nll(model, part, compute)
+        for batch in forwards:
+            with evaluation.memory_advice(
+                    f"in training on {len(batch)} rows at once: lower --batch_size and raise "
+                    "--gradient_accumulation_steps, or add --gradient_checkpointing"):
+                nll, _ = completion_nll(model, batch, compute)
                 scaler.scale(nll / num_tokens).backward()
             loss += nll.item() / num_tokens
         for layer in recomputed:
             layer.training = False  # else the sampler's cache would be dropped
-        rate = config.learning_rate * min(1, step / max(1, steps / 20), (steps + 1 - step) / max(1, steps * 0.95))
-        optimizer.param_groups[0]["lr"] = rate
+        share = min(1, step / max(1, steps / 20), (steps + 1 - step) / max(1, steps * 0.95))
+        optimizer.param_groups[0]["lr"] = rate = config.learning_rate * share
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-        batch = [{"prompt_ids": prompt, "completion_ids": completion} for part in parts for prompt, completion in part]
-        if run.sound(step, {"loss": loss, "gradient": grad_norm}, batch, scaler):  # else the update is skipped
+        if run.sound(step, {"loss": loss, "gradient": grad_norm}, rows, scaler):  # else the update is skipped
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        metrics = {"step": step, "epoch": step / an_epoch, "loss": loss, "grad_norm": grad_norm, "skipped_updates": run.skipped[step],
-                   "learning_rate": rate, "num_tokens": num_tokens, "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
+        metrics = {"step": step, "epoch": step / an_epoch, "loss": loss, "grad_norm": grad_norm,
+                   "skipped_updates": run.skipped[step], "learning_rate": rate, "num_tokens": num_tokens,
+                   "update_seconds": time.time() - clock, "peak_memory_gb": evaluation.peak_memory_gb()}
         if config.eval_every and step % config.eval_every == 0 or step == steps:
             metrics["eval_loss"] = validation_loss()
         if config.eval_every and step % config.eval_every == 0 and step < steps:
@@ -257,9 +272,12 @@ def main(config):
         run.log("metrics", metrics)
         bar.set_postfix_str(f"loss {loss:.3f}, epoch {step / an_epoch:.1f}")
         if step == 1 or step % max(1, steps // 15) == 0 or "eval_loss" in metrics:
-            heldout_words = f"  held-out loss {metrics['eval_loss']:.4f}" if "eval_loss" in metrics else ""
-            heldout_words += f"  held-out accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
-            bar.write(f"step {step:4}  epoch {step / an_epoch:.1f}  loss {loss:.4f}{heldout_words}  {metrics['update_seconds']:.2f} s")
+            line = f"step {step:4}  epoch {step / an_epoch:.1f}  loss {loss:.4f}"
+            if "eval_loss" in metrics:
+                line += f"  held-out loss {metrics['eval_loss']:.4f}"
+            if "eval_accuracy" in metrics:
+                line += f"  held-out accuracy {metrics['eval_accuracy']:.3f}"
+            bar.write(f"{line}  {metrics['update_seconds']:.2f} s")
         if run.signal or step == steps or (config.save_every and step % config.save_every == 0):
             save()
             run.stop_if_asked(bar, step)
@@ -269,23 +287,24 @@ def main(config):
     comparison = evaluation.compare(before, run.read_records("eval_after"))
     model.save_pretrained(run.folder / "model")
     tokenizer.save_pretrained(run.folder / "model")
-    run.finish({**comparison, "steps": steps, "seconds": time.time() - start, "seed": config.seed, "task": config.task,
-                "model": config.model, "data": config.data, "versions": evaluation.versions()})
+    run.finish({**comparison, "steps": steps, "seconds": time.time() - start, "seed": config.seed,
+                "task": config.task, "model": config.model, "data": config.data,
+                "versions": evaluation.versions()})
 
 
 def parse(arguments=None):
-    """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag that was given."""
+    """Command line to Config. With --model tiny, TINY stands in for the defaults, below every flag given."""
     config = tyro.cli(Config, args=arguments, use_underscores=True, description=__doc__)
     chosen = {"model": config.model or (BASES[config.task] if GPU else "tiny"),
               "data": config.data or ("hub" if GPU and config.task != "ecg" else "builtin")}
     config = replace(config, **chosen)
     if config.model == "tiny":
-        own = TINY | TINY_ECG if config.task == "ecg" else TINY
-        usual, tiny = config, replace(Config(), **own)
-        config = replace(tyro.cli(Config, args=arguments, use_underscores=True, default=tiny), **chosen)
-        changed = [f"{key} {getattr(config, key)}" for key in own if getattr(config, key) != getattr(usual, key)]
-        print(f"{'' if GPU else 'no GPU: '}the built-in tiny model{' and questions' if config.data == 'builtin' else ''}; "
-              f"settings for it: {', '.join(changed)}")
+        tiny = TINY | TINY_ECG if config.task == "ecg" else TINY
+        usual, default = vars(config), replace(Config(), **tiny)
+        config = replace(tyro.cli(Config, args=arguments, use_underscores=True, default=default), **chosen)
+        changed = [f"{key} {getattr(config, key)}" for key in tiny if getattr(config, key) != usual[key]]
+        no_gpu, questions = "" if GPU else "no GPU: ", " and questions" if config.data == "builtin" else ""
+        print(f"{no_gpu}the built-in tiny model{questions}; settings for it: {', '.join(changed)}")
     return config
 
 
@@ -370,7 +389,8 @@ def corruptions(answer, other, generator):
         opposite = SWAPS[word[0].lower()]
         made["antonym"] = put(word, opposite.capitalize() if word[0][0].isupper() else opposite)
     if len(spelled) > 3:
-        made["truncated"] = " ".join(spelled[:generator.randint(len(spelled) // 4 + 1, len(spelled) * 3 // 4)])
+        end = generator.randint(len(spelled) // 4 + 1, len(spelled) * 3 // 4)
+        made["truncated"] = " ".join(spelled[:end])
     return {kind: text for kind, text in made.items() if rewards.plain(text) != rewards.plain(answer)}
 
 
@@ -504,8 +524,8 @@ def measure_pairs(config, model, tokenizer, heldout):
     scores = torch.cat([batch.flatten() for batch in by_batch])
     gold, worse = torch.cat(by_batch, dim=1)
     if not scores.isfinite().all():
-        raise InputError(f"--learning_rate {config.learning_rate}: the trained model's scores are NaN, nothing "
-                         "is written: lower it, or take another --model")
+        raise InputError(f"--learning_rate {config.learning_rate}: the trained model's scores are NaN, "
+                         "nothing is written: lower it, or take another --model")
     counts = Counter(kind for kind, *_ in pairs)
     right = Counter(kind for (kind, *_), better in zip(pairs, (gold > worse).tolist()) if better)
     by_kind = {kind: {"accuracy": right[kind] / n, "n": n} for kind, n in counts.items()}
