@@ -255,13 +255,13 @@ def fluency(answers, golds, name):
 @functools.cache
 def load_reward_model(folder):
     """(tokenizer, model) of a folder that `python sft.py reward_model` wrote."""
-    scale, options = json.loads((Path(folder) / "normalisation.json").read_text()), {"use_safetensors": True}
+    scale = json.loads((Path(folder) / "normalisation.json").read_text())
     if (Path(folder) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForSequenceClassification as model_class
-        options = {"num_labels": 1}
+        from peft import AutoPeftModelForSequenceClassification
+        tokenizer, model = load_scorer(folder, AutoPeftModelForSequenceClassification, num_labels=1)
     else:
-        from transformers import AutoModelForSequenceClassification as model_class
-    tokenizer, model = load_scorer(folder, model_class, **options)
+        from transformers import AutoModelForSequenceClassification
+        tokenizer, model = load_scorer(folder, AutoModelForSequenceClassification, use_safetensors=True)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
     model.usual_output = scale["mean"], scale["std"]
     return tokenizer, model
@@ -758,12 +758,12 @@ def findings_f1(answer, gold, question=""):
             and (item in wanted or status != "negated" and item not in torn)}
     right = 0.0
     for item, status in wanted.items():
-        halves = [] if item[1] == "finding" else half_said(item)
-        if item in said and said[item] == status:
+        halves = [] if item[1] == "finding" else [half for half in half_said(item) if half in said]
+        if said.get(item) == status:
             right += 1.0
-        elif item in said:
-            right += 0.5 if {said[item], status} == {"affirmed", "possible"} else 0.0
-        elif said.get(next((half for half in halves if half in said), None)) == status:
+        elif item in said and {said[item], status} == {"affirmed", "possible"}:
+            right += 0.5
+        elif item not in said and halves and said[halves[0]] == status:
             right += 0.5
     return 2 * right / (len(wanted) + len(said))
 
