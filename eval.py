@@ -304,7 +304,7 @@ def check_scorers(language_model, reward_model):
                 load(name)
         except Exception as error:
             # a dozen types of transformers, peft and hub, one thing to the user: no model
-            made = ("a folder of `python rewards.py train`, or none" if flag == "--reward_model"
+            made = ("a folder of `python sft.py reward_model`, or none" if flag == "--reward_model"
                     else f"{flag} ''")
             raise InputError(hub_message(f"{flag} {name}", error, made)) from error
 

@@ -5,7 +5,7 @@
                                            no GPU: the built-in model, about 5 minutes
     python grpo_ecg.py --data PATH         ECG-Expert-QA as it was cloned, a folder or a file
     python grpo_ecg.py --task medical_o1 --data hub    medical-o1-reasoning-SFT, or your own fields
-    python grpo_ecg.py --reward_model DIR  adds a reward model that `python rewards.py train` made
+    python grpo_ecg.py --reward_model DIR  adds a reward model that `python sft.py reward_model` made
     python grpo_ecg.py --load_in_4bit --completions_per_forward 2    for small cards (bitsandbytes needed)
     python grpo_ecg.py --help              every knob
 

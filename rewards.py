@@ -1,29 +1,22 @@
-"""Reward functions of the collection: what a completion earns, and `compute_score`, which other engines call too.
+"""Reward functions of the collection: what a completion earns, and `compute_score`, for other engines too.
 
-The file stands alone (it imports nothing of the project), so that verl and others can load it by path. Every function takes
-plain text and is strict: an answer is parsed from its one block, never searched in the text. Whoever hedges, repeats
-tags or writes the answer elsewhere earns nothing for it. Time is linear in the completion's length. Also a command:
-
-    python rewards.py train data/processed/ecg --out runs/reward-model
-
-trains a reward model for free-text answers on preference pairs made from prepared rows (see train_reward_model).
+The file stands alone (it imports nothing of the project), so that verl and others can load it by path. Every
+function takes plain text and is strict: an answer is parsed from its one block, never searched in the text.
+Whoever hedges, repeats tags or writes the answer elsewhere earns nothing for it. Time is linear in the
+completion's length.
 """
 import functools
 import json
 import math
-import os
-import random
 import re
-import sys
-import tempfile
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 REASONED = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-TAGS = {"pubmedqa": REASONED, "medmcqa": ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>"),
-        "ecg_expert_qa": REASONED, "medical_o1": REASONED}
+TAGS = {"pubmedqa": REASONED, "ecg_expert_qa": REASONED, "medical_o1": REASONED,
+        "medmcqa": ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>")}
 LABELS = {"pubmedqa": ("yes", "no", "maybe"), "medmcqa": ("A", "B", "C", "D")}
 CORRECT_WEIGHT = {"pubmedqa": 2.0, "medmcqa": 1.0}  # for the right answer
 TAG_WEIGHT = {"pubmedqa": 0.2, "medmcqa": 0.05}  # for each tag in its place
@@ -33,24 +26,23 @@ SIMILARITY_WEIGHT = {"pubmedqa": 0.0, "medmcqa": 0.4}  # for reasoning that says
 def tags_in_place(text, tags):
     """How many of `tags` stand in `text` exactly once and in their place, 0 to len(tags).
 
-    In its place: after every occurrence of the tags before it and before every occurrence of the tags behind it; the last
-    tag also needs the end of the text behind it (white space aside), so full marks mean that nothing follows the answer.
+    In its place: after every occurrence of the tags before it and before every occurrence of the tags behind
+    it; the last tag also needs the end of the text behind it (white space aside), so full marks mean that
+    nothing follows the answer.
     """
     first, last = [text.find(tag) for tag in tags], [text.rfind(tag) for tag in tags]
-    in_place = 0
-    for i, tag in enumerate(tags):
-        once = first[i] >= 0 and first[i] == last[i]
-        ordered = (all(position < first[i] for position in last[:i])
-                   and all(position < 0 or position > first[i] for position in first[i + 1:]))
-        closed = i < len(tags) - 1 or not text[first[i] + len(tag):].strip()
-        in_place += once and ordered and closed
-    return in_place
+
+    def in_place(i):
+        return (first[i] == last[i] >= 0 and all(position < first[i] for position in last[:i])
+                and all(position < 0 or position > first[i] for position in first[i + 1:])
+                and (i < len(tags) - 1 or not text[first[i] + len(tags[i]):].strip()))
+
+    return sum(map(in_place, range(len(tags))))
 
 
 def answer_block(text, tags):
-    """What stands between tags[-2] and tags[-1], stripped, or None where it is not the one answer block of `text`.
-
-    Each of the two must occur exactly once, in this order, with no other tag between or behind them.
+    """What stands between tags[-2] and tags[-1], stripped, or None where it is not the one answer block of
+    `text`: each of the two must occur exactly once, in this order, with no other tag between or behind them.
     """
     opening, closing = tags[-2:]
     if text.count(opening) != 1 or text.count(closing) != 1:
@@ -64,8 +56,8 @@ def answer_block(text, tags):
 def parse_answer(text, tags, labels):
     """The label in the one answer block of `text`, or "" where there is none.
 
-    The block must hold one of `labels` and nothing else (case, white space around it and one full stop aside; ASCII only, so
-    no look-alike passes).
+    The block must hold one of `labels` and nothing else (case, white space around it and one full stop aside;
+    ASCII only, so no look-alike passes).
     """
     answer = (answer_block(text, tags) or "").removesuffix(".").rstrip()
     return answer.lower() if answer.isascii() and answer.lower() in labels else ""
@@ -74,8 +66,9 @@ def parse_answer(text, tags, labels):
 def parse_option(text, tags, options):
     """The letter of the one option that the answer block of `text` names, or "".
 
-    Accepted: the letter ("B", "b.", "(B)", "B)"), the letter with the option's own text ("B. aspirin", "(b) Aspirin."), and
-    the full text of exactly one option. Anything else, two letters say, names no option. options: texts of A, B, C, ...
+    Accepted: the letter ("B", "b.", "(B)", "B)"), the letter with the option's own text ("B. aspirin", "(b)
+    Aspirin."), and the full text of exactly one option. Anything else, two letters say, names no option.
+    options: texts of A, B, C, ...
     """
     answer = plain(answer_block(text, tags) or "")
     texts = [plain(option) for option in options]
@@ -97,9 +90,10 @@ def plain(text):
 LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}  # casefold would let look-alikes pass
 
 
-# === reasoning against the explanation ================================================================================
+# === reasoning against the explanation ======================================================================
 
-COMMON = frozenset("a an and are as at be by for from has have in is it its of on or that the this to was were which with".split())
+COMMON = frozenset(("a an and are as at be by for from has have in is it its of on or that the this to was "
+                    "were which with").split())
 
 
 def reasoning_block(text, tags):
@@ -110,113 +104,29 @@ def reasoning_block(text, tags):
 
 
 def words(text):
-    """Set of the words of a text that carry meaning: runs of letters and digits, lower case, without the commonest."""
+    """Set of the words of a text that carry meaning: runs of letters and digits, lower case, without the
+    commonest.
+    """
     spaced = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFKC", text[:20_000]).lower())
     return frozenset(spaced.split()) - COMMON
 
 
 def overlap(reasoning, explanation, question):
-    """F1, 0 to 1, between the sets of words of the reasoning and of the explanation, those of the question left out.
-
-    So what the question says earns nothing, and neither does listing everything, which precision punishes.
+    """F1, 0 to 1, between the sets of words of the reasoning and of the explanation, those of the question
+    left out. So what the question says earns nothing, nor does listing everything, which precision punishes.
     """
-    known = words(question)
-    said, wanted = words(reasoning) - known, words(explanation) - known
+    said, wanted = words(reasoning) - words(question), words(explanation) - words(question)
     both = len(said & wanted)
     return 2 * both / (len(said) + len(wanted)) if both else 0.0
-
-
-@functools.cache
-def load_encoder(name):
-    """(tokenizer, model) of a sentence encoder ("sentence-transformers/all-MiniLM-L6-v2", say) or of a cross-encoder with one output
-    ("cross-encoder/stsb-roberta-base"), told apart by the architecture in its configuration; loaded once a process.
-
-    Raises what transformers raises where it cannot be had (OSError, mostly).
-    """
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    crossed = any("SequenceClassification" in kind for kind in AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ())
-    model = (AutoModelForSequenceClassification if crossed else AutoModel).from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False), model.to(device).eval()
-
-
-def batched(texts, tokenizer, max_length, size=64):
-    """Batches (places in texts, inputs of a model padded on the right) of texts, or pairs of texts, of alike lengths."""
-    lengths = [len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts]
-    order = sorted(range(len(texts)), key=lengths.__getitem__)
-    for first in range(0, len(order), size):
-        places = order[first:first + size]
-        chosen = [texts[i] for i in places]
-        columns = (chosen,) if isinstance(chosen[0], str) else map(list, zip(*chosen))
-        yield places, tokenizer(*columns, truncation=True, max_length=max_length, padding=True, padding_side="right", return_tensors="pt")
-
-
-SCORED = {}  # (what, name of the model, text) to its number or vector: many texts of a rollout recur
-
-
-def remember(what, name, texts, compute):
-    """[compute's result for each of texts], computed at once for those not seen before, and remembered."""
-    fresh = [text for text in dict.fromkeys(texts) if (what, name, text) not in SCORED]
-    if len(SCORED) + len(fresh) > 20_000:
-        SCORED.clear()
-        fresh = list(dict.fromkeys(texts))
-    SCORED.update(zip(((what, name, text) for text in fresh), compute(fresh) if fresh else ()))
-    return [SCORED[what, name, text] for text in texts]
-
-
-def embed(texts, name):
-    """Unit vectors of texts: mean of the encoder's last hidden states over a text's tokens, up to 256, as all-MiniLM-L6-v2's card
-    (huggingface.co/sentence-transformers/all-MiniLM-L6-v2) has it; the batch's padding is masked.
-    """
-    import torch
-
-    def compute(fresh):
-        tokenizer, model = load_encoder(name)
-        vectors = [None] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 256):
-            with torch.inference_mode():
-                states = model(**inputs.to(model.device)).last_hidden_state.float()
-                mask = inputs["attention_mask"][:, :, None]
-                pooled = torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu()
-            for i, vector in zip(places, pooled):
-                vectors[i] = vector
-        return vectors
-
-    return remember("embed", name, texts, compute)
-
-
-def closeness(pairs, name):
-    """How alike the two texts of each pair are: the cosine of their embeddings, -1 to 1, or, where `name` is a cross-encoder with
-    one output, its sigmoid, 0 to 1, as cross-encoder/stsb-roberta-base's card has it. Rounded, so that no batch changes it.
-    """
-    import torch
-    pairs = [tuple(text[:20_000] for text in pair) for pair in pairs]
-    if not pairs:
-        return []
-    if getattr(load_encoder(name)[1], "num_labels", 0) != 1:
-        vectors = embed([text for pair in pairs for text in pair], name)
-        return [round(float(a @ b), 5) for a, b in zip(vectors[::2], vectors[1::2])]
-
-    def compute(fresh):
-        tokenizer, model = load_encoder(name)
-        scores = [0.0] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 512):
-            with torch.inference_mode():
-                logits = model(**inputs.to(model.device)).logits[:, 0].float().sigmoid().cpu()
-            for i, score in zip(places, logits.tolist()):
-                scores[i] = round(score, 5)
-        return scores
-
-    return remember("closeness", name, pairs, compute)
 
 
 def similarity(reasoning, explanation, question, encoder=""):
     """How much of the explanation the reasoning says, 0 to 1.
 
-    By `overlap`, or, with the name of an encoder, by cosines of embeddings: how far the reasoning closes the gap between the
-    question and the explanation, (cos(r, e) - cos(q, e)) / (1 - cos(q, e)), so that the question alone, or padded, earns
-    nothing. 0 where either is empty, or where fewer than a fifth of the reasoning's words are not the question's.
+    By `overlap`, or, with the name of an encoder, by cosines of embeddings: how far the reasoning closes the
+    gap between the question and the explanation, (cos(r, e) - cos(q, e)) / (1 - cos(q, e)), so that the
+    question alone, or padded, earns nothing. 0 where either is empty, or where fewer than a fifth of the
+    reasoning's words are not the question's.
     """
     said = words(reasoning)
     if not said or not words(explanation) or len(said - words(question)) < len(said) / 5:
@@ -226,6 +136,155 @@ def similarity(reasoning, explanation, question, encoder=""):
     close, start = closeness([(reasoning, explanation), (question, explanation)], encoder)
     start = start if question.strip() else 0.0
     return min(1.0, max(0.0, (close - start) / (1 - start))) if start < 0.9999 else 0.0
+
+
+# === models that score: loaded once a process, asked in batches, answers remembered =========================
+
+SCORED = {}  # (measure, name of the model, text) to what was measured: many texts of a rollout recur
+
+
+def load_scorer(name, model_class, **options):
+    """(tokenizer, model) of transformers or peft, on the GPU where there is one; no code of theirs is run.
+    Raises what these raise where the model cannot be had (OSError, mostly).
+    """
+    import torch
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked in every measure below
+    model = model_class.from_pretrained(name, trust_remote_code=False, **options)
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def measured(texts, measure, name, loader, max_length, size):
+    """[what `measure` makes of each of `texts`, which may be pairs of texts, under the model `name`].
+
+    measure(model, inputs): a list, one for each text of a batch, whatever padding is in it. Those not seen
+    before are computed at once, `size` of alike lengths in a batch, cut to max_length tokens.
+    """
+    import torch
+    fresh = [text for text in dict.fromkeys(texts) if (measure, name, text) not in SCORED]
+    if len(SCORED) + len(fresh) > 20_000:
+        SCORED.clear()
+        fresh = list(dict.fromkeys(texts))
+    fresh.sort(key=lambda text: len(text) if isinstance(text, str) else sum(map(len, text)))
+    for first in range(0, len(fresh), size):
+        tokenizer, model = loader(name)
+        batch = fresh[first:first + size]
+        columns = [batch] if isinstance(batch[0], str) else map(list, zip(*batch))
+        inputs = tokenizer(*columns, truncation=True, max_length=max_length, padding=True,
+                           padding_side="right", return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            SCORED.update(zip(((measure, name, text) for text in batch), measure(model, inputs)))
+    return [SCORED[measure, name, text] for text in texts]
+
+
+@functools.cache
+def load_encoder(name):
+    """(tokenizer, model) of a sentence encoder ("sentence-transformers/all-MiniLM-L6-v2", say) or of a
+    cross-encoder with one output ("cross-encoder/stsb-roberta-base"), told apart by the architecture in its
+    configuration.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    kinds = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or ()
+    crossed = any("SequenceClassification" in kind for kind in kinds)
+    model_class = AutoModelForSequenceClassification if crossed else AutoModel
+    return load_scorer(name, model_class, use_safetensors=True)
+
+
+def embeddings(model, inputs):
+    """Unit vectors: mean of the encoder's last hidden states over a text's tokens, as all-MiniLM-L6-v2's card
+    (huggingface.co/sentence-transformers/all-MiniLM-L6-v2) has it.
+    """
+    import torch
+    states, mask = model(**inputs).last_hidden_state.float(), inputs["attention_mask"][:, :, None]
+    return list(torch.nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=1).cpu())
+
+
+def agreements(model, inputs):
+    """Sigmoids, 0 to 1, of a cross-encoder's output, as cross-encoder/stsb-roberta-base's card has it."""
+    return [round(score, 5) for score in model(**inputs).logits[:, 0].float().sigmoid().tolist()]
+
+
+def closeness(pairs, name):
+    """How alike the two texts of each pair are: the cosine of their embeddings, -1 to 1, or, where `name` is
+    a cross-encoder with one output, what it says, 0 to 1. Rounded, so that no batch changes it.
+    """
+    pairs = [tuple(text[:20_000] for text in pair) for pair in pairs]
+    if pairs and getattr(load_encoder(name)[1], "num_labels", 0) == 1:
+        return measured(pairs, agreements, name, load_encoder, 512, 64)
+    vectors = measured([text for pair in pairs for text in pair], embeddings, name, load_encoder, 256, 64)
+    return [round(float(a @ b), 5) for a, b in zip(vectors[::2], vectors[1::2])]
+
+
+@functools.cache
+def load_language_model(name):
+    """(tokenizer, model) of a causal language model, "microsoft/biogpt" say, for `fluency`."""
+    from transformers import AutoModelForCausalLM
+    return load_scorer(name, AutoModelForCausalLM)
+
+
+def log_perplexities(model, inputs):
+    """Mean negative log-probability of each text's tokens in nats, None for one of fewer than two tokens.
+    Each text by itself: padding is masked. https://huggingface.co/docs/transformers/perplexity
+    """
+    import torch
+    ids, mask = inputs["input_ids"].long(), inputs["attention_mask"][:, 1:].bool()
+    if ids.shape[1] < 2:
+        return [None] * len(ids)
+    logits = model(input_ids=ids, attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
+    nll = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none") * mask
+    return [round(total / count, 5) if count else None
+            for total, count in zip(nll.sum(dim=1).tolist(), mask.sum(dim=1).tolist())]
+
+
+def mean_nll(texts, name):
+    """The log perplexity of each text under a causal language model, over its first 512 tokens."""
+    return measured([text[:20_000] for text in texts], log_perplexities, name, load_language_model, 512, 16)
+
+
+def fluency(answers, golds, name):
+    """min(1, perplexity of the gold answer / perplexity of the answer) of each, 0 to 1, under a causal
+    language model: 1 for an answer that reads at least as easily as the gold one. Bounded, so that smooth
+    babble can't win by it.
+    """
+    nll = mean_nll([*answers, *golds], name)
+    return [0.0 if said is None else 1.0 if gold is None else math.exp(min(0.0, gold - said))
+            for said, gold in zip(nll[:len(answers)], nll[len(answers):])]
+
+
+@functools.cache
+def load_reward_model(folder):
+    """(tokenizer, model) of a folder that `python sft.py reward_model` wrote."""
+    scale = json.loads((Path(folder) / "normalisation.json").read_text())
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForSequenceClassification
+        tokenizer, model = load_scorer(folder, AutoPeftModelForSequenceClassification, num_labels=1)
+    else:
+        from transformers import AutoModelForSequenceClassification
+        tokenizer, model = load_scorer(folder, AutoModelForSequenceClassification, use_safetensors=True)
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
+    model.usual_output = scale["mean"], scale["std"]
+    return tokenizer, model
+
+
+def normalised_outputs(model, inputs):
+    """Sigmoids of a reward model's outputs, less the mean and divided by the standard deviation of those on
+    its held-out pairs, so that rewards of different models have one scale.
+    """
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    mean, std = model.usual_output
+    return [round(score, 5) for score in ((logits[:, 0].float() - mean) / std).sigmoid().tolist()]
+
+
+def learned_rewards(questions, answers, folder):
+    """Scores, 0 to 1, of answers by a trained reward model, see `normalised_outputs`."""
+    texts = [asked(question, answer[:20_000]) for question, answer in zip(questions, answers)]
+    return measured(texts, normalised_outputs, folder, load_reward_model, 1024, 32)
+
+
+def asked(question, answer):
+    """What a reward model reads."""
+    return f"Question: {question}\nAnswer: {answer}"
 
 
 # === free text: what is said, and whether it is affirmed, negated or possible ===============================
@@ -284,44 +343,45 @@ OPENERS = frozenset(
      "to").split())
 
 
+def by_first_word(entries):
+    """{first word: [(words, what they stand for)]} of such entries, the longest first."""
+    index = {}
+    for spelled, what in sorted(entries, key=lambda entry: -len(entry[0])):
+        index.setdefault(spelled[0], []).append((spelled, what))
+    return index
+
+
+def longest_at(i, spelled, index):
+    """(length, what it stands for) of the longest entry of an index that begins at spelled[i], or (1, "")."""
+    for entry, what in index.get(spelled[i], ()):
+        if spelled[i:i + len(entry)] == entry:
+            return len(entry), what
+    return 1, ""
+
+
 @functools.cache
 def triggers():
-    """{first word: [(words of a trigger, kind)]}, the longest first."""
-    index = {}
-    for kind, text in TRIGGERS.items():
-        for literal in text.split(";"):
-            forms = [literal]
-            for slot, words in (("{be}", BE), ("{seen}", SEEN)):
-                forms = [
-                    form.replace(slot, word) for form in forms for word in (words if slot in form else [""])
-                ]
-            for form in map(str.split, forms):
-                index.setdefault(form[0], []).append((form, kind))
-    return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
+    """All forms of TRIGGERS with their kinds, by_first_word."""
+    return by_first_word([(trigger.replace("{be}", be).replace("{seen}", seen).split(), kind)
+                          for kind, text in TRIGGERS.items() for trigger in text.split(";")
+                          for be in (BE if "{be}" in trigger else [""])
+                          for seen in (SEEN if "{seen}" in trigger else [""])])
+
+
+BEHIND_ABSENT = (",", "and", "but", "in", "on", "with", "during")
 
 
 def cues_of(sentence):
     """[(start, end, kind)] of the triggers in the tokens of a sentence."""
     cues, i = [], 0
     while i < len(sentence):
-        length, kind = next(
-            (
-                (len(form), kind)
-                for form, kind in triggers().get(sentence[i], ())
-                if sentence[i : i + len(form)] == form
-            ),
-            (1, ""),
-        )
+        length, kind = longest_at(i, sentence, triggers())
         following = sentence[i + length] if i + length < len(sentence) else ","
-        if sentence[i] == "no" and not i and length == 1 and following == ",":
+        if sentence[i] == "no" and i == 0 and length == 1 and following == ",":
             kind = ""  # "No, ..." answers a question, or is all of the sentence
-        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1 : i]):
+        elif sentence[i] == "absent" and "or" in (following, *sentence[i - 1:i]):
             kind = ""  # "absent or inverted P waves"
-        elif (
-            sentence[i] == "absent"
-            and length == 1
-            and following in (",", "and", "but", "in", "on", "with", "during")
-        ):
+        elif sentence[i] == "absent" and length == 1 and following in BEHIND_ABSENT:
             kind = "post"  # "P waves absent, ..."
         if kind:
             cues.append((i, i + length, kind))
@@ -339,23 +399,21 @@ def scope_ends(sentence):
     "and" behind a verb.
     """
     n, start = len(sentence), 0
-    verbs, joined, until = (
-        [0] * (n + 1),
-        [0] * (n + 1),
-        [n] * (n + 1),
-    )  # so many before i; the next comma from i
-    for i, token in enumerate(sentence):
-        verbs[i + 1], joined[i + 1] = verbs[i] + (token in VERBS), joined[i] + (token in ("and", "or", "nor"))
-    for i in range(n - 1, -1, -1):
-        until[i] = i if sentence[i] == "," else until[i + 1]
+    verbs = [*accumulate((token in VERBS for token in sentence), initial=0)]  # so many before a place
+    joined = [*accumulate((token in ("and", "or", "nor") for token in sentence), initial=0)]
+    comma = [n] * (n + 1)  # the next one
+    for i in reversed(range(n)):
+        comma[i] = i if sentence[i] == "," else comma[i + 1]
     forward, backward = set(), set()
     for i, token in enumerate(sentence):
         if token not in (",", "and"):
             continue
-        j = i + 1 + (sentence[i + 1 : i + 2] == ["and"])
-        if sentence[j : j + 1] not in (["or"], ["nor"]):
-            new_clause = verbs[until[j]] > verbs[j] and (verbs[i] > 0 or sentence[0] not in ("no", "neither"))
-            if sentence[j : j + 1] and sentence[j] in OPENERS or until[j] - j > 5 or new_clause:
+        behind = i + 2 if sentence[i + 1:i + 2] == ["and"] else i + 1
+        following = sentence[behind] if behind < n else ""
+        if following not in ("or", "nor"):
+            new_clause = (verbs[comma[behind]] > verbs[behind]
+                          and (verbs[i] > 0 or sentence[0] not in ("no", "neither")))
+            if following in OPENERS or comma[behind] - behind > 5 or new_clause:
                 forward.add(i)
         clause = verbs[i] > verbs[start]
         if token == ",":
@@ -368,56 +426,46 @@ def scope_ends(sentence):
 
 
 def statuses(sentence, usual="affirmed"):
-    """Of each token of a sentence: "affirmed", "negated" or "possible"; None where it is part of a trigger."""
-    found, cues = [usual] * len(sentence), cues_of(sentence)
+    """Of each token of a sentence: "affirmed", "negated" or "possible"; None where it is a trigger's."""
+    result, cues = [usual] * len(sentence), cues_of(sentence)
     forward, backward = scope_ends(sentence)
-    doubled = -1
+    doubled = -1  # the cue that a negation right before it undoes
     for number, (start, end, kind) in enumerate(cues):
-        limit = cues[number + 1][0] if number + 1 < len(cues) else len(sentence)
+        if kind == "end":
+            continue
+        result[start:end] = [None] * (end - start)
         if kind == "pseudo":
-            found[start:end] = [None] + ["negated"] * (end - start - 1)
-        elif kind != "end":
-            found[start:end] = [None] * (end - start)
-            inside = (
-                number
-                and kind in ("pre", "near")
-                and found[start - 1] == "negated" != usual
-                and sentence[start - 1] not in (",", "and", "or")
-                and sentence[start] not in ("nor", sentence[cues[number - 1][0]])
-            )  # "not caused by an absence of"
-            status = (
-                usual
-                if inside or number == doubled
-                else "possible"
-                if kind.startswith("possible")
-                else "negated"
-            )
-            i, said = start - 1, False
-            while "post" in kind and i >= (cues[number - 1][1] if number else 0) and i not in backward:
-                found[i], said = status, said or sentence[i] not in FILLER
-                i -= 1
-            i, behind = end, said
-            while (
-                not behind
-                and i < limit
-                and i not in forward
-                and not (
-                    kind == "near"
-                    and sentence[i] in (",", "and", "with")
-                    or said
-                    and sentence[i] in VERBS
-                    or sentence[start] == "without"
-                    and not start
-                    and sentence[i] == ","
-                )
-            ):
-                found[i], said = status, said or sentence[i] not in FILLER
-                i += 1
-            if i == limit < len(sentence) and not said:
-                if cues[number + 1][2] == "end":  # "not due to": what is denied is the link
-                    found[limit : cues[number + 1][1]] = [status] * (cues[number + 1][1] - limit)
-                doubled = number + 1  # "not without": affirmed
-    return found
+            result[start + 1:end] = ["negated"] * (end - start - 1)
+            continue
+        status = "possible" if kind.startswith("possible") else "negated"
+        inside = (number and kind in ("pre", "near") and result[start - 1] == "negated" != usual
+                  and sentence[start - 1] not in (",", "and", "or")
+                  and sentence[start] not in ("nor", sentence[cues[number - 1][0]]))
+        if inside or number == doubled:  # "not caused by an absence of", "not without"
+            status = usual
+
+        said = False  # whether a word that says something has got the status
+        if "post" in kind:
+            for i in range(start - 1, cues[number - 1][1] - 1 if number else -1, -1):
+                if i in backward:
+                    break
+                result[i], said = status, said or sentence[i] not in FILLER
+        if said:
+            continue
+        barriers = (",", "and", "with") if kind == "near" else ()
+        if start == 0 and sentence[0] == "without":
+            barriers = (",",)
+        limit = cues[number + 1][0] if number + 1 < len(cues) else len(sentence)
+        i = end
+        while (i < limit and i not in forward and sentence[i] not in barriers
+               and not (said and sentence[i] in VERBS)):
+            result[i], said = status, said or sentence[i] not in FILLER
+            i += 1
+        if i == limit < len(sentence) and not said:
+            doubled = number + 1
+            if cues[doubled][2] == "end":  # "not due to": what is denied is the link
+                result[limit:cues[doubled][1]] = [status] * (cues[doubled][1] - limit)
+    return result
 
 
 # === free text: words, numbers, findings ====================================================================
@@ -492,46 +540,43 @@ FINDINGS = {
     "posterior": "posterior"}
 UNITS = {unit: (kind, factor) for kind, units in {  # kind: {unit: how many of the kind's own}
     "ms": {"ms": 1, "msec": 1, "millisecond": 1, "s": 1000, "sec": 1000, "second": 1000, "min": 60_000,
-    "minute": 60_000, "h": 3.6e6,
-           "hr": 3.6e6, "hour": 3.6e6, "day": 8.64e7, "week": 6.048e8},
-    "month": {"month": 1, "year": 12}, "mm": {"mm": 1, "millimeter": 1, "millimetre": 1, "cm": 10,
-    "centimeter": 10, "centimetre": 10},
-    "mv": {"mv": 1, "millivolt": 1, "µv": 0.001, "microvolt": 0.001}, "bpm": {"bpm": 1}, "beat": {"beat": 1},
-    "%": {"%": 1, "percent": 1}, "degree": {"°": 1, "degree": 1, "deg": 1},
-    "mg": {"mcg": 0.001, "µg": 0.001, "ug": 0.001, "microgram": 0.001, "mg": 1, "milligram": 1, "g": 1000,
-    "gram": 1000, "kg": 1e6,
-           "kilogram": 1e6},
+           "minute": 60_000, "h": 3.6e6, "hr": 3.6e6, "hour": 3.6e6, "day": 8.64e7, "week": 6.048e8},
+    "month": {"month": 1, "year": 12},
+    "mm": {"mm": 1, "millimeter": 1, "millimetre": 1, "cm": 10, "centimeter": 10, "centimetre": 10},
+    "mv": {"mv": 1, "millivolt": 1, "\u00b5v": 0.001, "microvolt": 0.001},
+    "bpm": {"bpm": 1}, "beat": {"beat": 1}, "%": {"%": 1, "percent": 1},
+    "degree": {"°": 1, "degree": 1, "deg": 1},
+    "mg": {"mcg": 0.001, "\u00b5g": 0.001, "ug": 0.001, "microgram": 0.001, "mg": 1, "milligram": 1,
+           "g": 1000, "gram": 1000, "kg": 1e6, "kilogram": 1e6},
     "ml": {"ml": 1, "milliliter": 1, "millilitre": 1, "l": 1000, "liter": 1000, "litre": 1000},
-    "mmhg": {"mmhg": 1},
-    "mmol": {"mmol": 1}, "meq": {"meq": 1}, "hz": {"hz": 1}, "j": {"j": 1, "joule": 1}}.items() for unit,
-    factor in units.items()}
+    "mmhg": {"mmhg": 1}, "mmol": {"mmol": 1}, "meq": {"meq": 1}, "hz": {"hz": 1}, "j": {"j": 1, "joule": 1},
+}.items() for unit, factor in units.items()}
 MEASURED = {"pr": "ms", "qrs": "ms", "qt": "ms", "qtc": "ms", "rr": "ms", "rate": "bpm", "axis": "degree",
             "ef": "%", "fraction": "%"}
-ABOVE = frozenset("> ≥ above over exceed exceeds exceeding beyond".split())
-BELOW = frozenset("< ≤ below under".split())
-THAN = {"more": "above", "greater": "above", "longer": "above", "higher": "above", "wider": "above",
-        "larger": "above",
-        "less": "below", "fewer": "below", "shorter": "below", "lower": "below", "narrower": "below",
-        "smaller": "below"}
+BEFORE_THAN = {"above": "more greater longer higher wider larger".split(),
+               "below": "less fewer shorter lower narrower smaller".split()}
+COMPARISONS = {word: side for side, spelled in (
+    ("above", [*"> ≥ above over exceed exceeds exceeding beyond".split(), *BEFORE_THAN["above"]]),
+    ("below", [*"< ≤ below under".split(), *BEFORE_THAN["below"]])) for word in spelled}
 LINKS = frozenset("than or equal to of about approximately around a an the is was are at being".split())
-NUMBER_WORDS = {word: str(i + 1) for i, word in enumerate(
-    "one two three four five six seven eight nine ten eleven twelve".split())}
+NUMBER_WORDS = {word: str(i) for i, word in enumerate(
+    "one two three four five six seven eight nine ten eleven twelve".split(), start=1)}
 WRITTEN = (("can't", "cannot"), ("can not", "cannot"), ("n't", " not"), ("beats per min", "bpm"),
-            ("beats/min", "bpm"), ("bpmute", "bpm"),
-           ("per minute", "bpm"), ("/min", " bpm"), ("mm hg", "mmhg"), ("at least", "≥"), ("at most", "≤"),
-           ("up to", "≤"), ("no more than", "≤"),
-           ("no less than", "≥"), ("e.g.", "eg"), ("i.e.", "ie"), ("vs.", "vs"), ("aemi", "emi"), ("aemor",
-           "emor"), ("first-degree", "1st degree"),
-           ("first degree", "1st degree"), ("second-degree", "2nd degree"), ("second degree", "2nd degree"),
-           ("third-degree", "3rd degree"), ("third degree", "3rd degree"))  # in this order
+           ("beats/min", "bpm"), ("bpmute", "bpm"), ("per minute", "bpm"), ("/min", " bpm"),
+           ("mm hg", "mmhg"), ("at least", "≥"), ("at most", "≤"), ("up to", "≤"), ("no more than", "≤"),
+           ("no less than", "≥"), ("e.g.", "eg"), ("i.e.", "ie"), ("vs.", "vs"), ("aemi", "emi"),
+           ("aemor", "emor"), ("first-degree", "1st degree"), ("first degree", "1st degree"),
+           ("second-degree", "2nd degree"), ("second degree", "2nd degree"), ("third-degree", "3rd degree"),
+           ("third degree", "3rd degree"))  # in this order
 FILLER = COMMON | frozenset(
     "interval segment complex seen present evident found noted observed visible there detected".split())
 SAME = {"invers": "invert", "widen": "wide", "broad": "wide", "broaden": "wide", "electrocardiogram": "ecg",
-        "ekg": "ecg",
-        "lengthen": "prolong", "flatten": "flat", ">": "above", "≥": "above", "<": "below", "≤": "below"}
+        "ekg": "ecg", "lengthen": "prolong", "flatten": "flat",
+        ">": "above", "≥": "above", "<": "below", "≤": "below"}
 NON = re.compile(r"\bnon[- ](?=[a-z])")
 TOKEN = re.compile(  # cannot backtrack
     r"(?<![\w.])[-\u2212](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+\d*|[.;:!?,\n<>≤≥%°]")
+
 
 
 @functools.lru_cache(100_000)
@@ -543,10 +588,49 @@ def stem(word):
         word = word[:-3] + "y"
     for ending in ("ation", "ions", "ings", "ion", "ing", "ed", "es", "s", "ly", "e"):
         if word.endswith(ending) and len(word) - len(ending) >= 4 and not word.endswith(("us", "is", "ss")):
-            word = word[: -len(ending)]
+            word = word[:-len(ending)]
             break
     word = word[:-2] if word.endswith("at") and len(word) > 5 else word  # elevat(ed), and elev(ation)
     return SAME.get(word, word)
+
+
+def number_tokens(raw):
+    """Tokens with each number among them as [digits, unit or None, as written]; a range has one unit."""
+    tokens, i = [], 0
+    while i < len(raw):
+        token, sign = raw[i], "-" if i and raw[i - 1] in ("-", "\u2212") else ""
+        i += 1
+        if token[0].isdigit() or token in NUMBER_WORDS:
+            digits = sign + NUMBER_WORDS.get(token, token)
+            if len(digits.rpartition(",")[2]) != 3:  # 0,12 as against 1,000
+                digits = ".".join(digits.rsplit(",", 1))
+            unit = UNITS.get(raw[i], UNITS.get(raw[i].removesuffix("s"))) if i < len(raw) else None
+            tokens.append([digits.replace(",", ""), unit, token])
+            i = i + 1 if unit else i
+        elif token not in ("-", "\u2212"):
+            tokens.append(token)
+    for k in reversed(range(len(tokens) - 1)):
+        if isinstance(tokens[k], list) and not tokens[k][1]:
+            following = tokens[k + 2:k + 3] if tokens[k + 1] in ("to", "or", "and") else [tokens[k + 1]]
+            if following and isinstance(following[0], list):
+                tokens[k][1] = following[0][1]
+    return tokens
+
+
+def take_comparison(tokens):
+    """("above", "below" or "", the word before) of the end of `tokens`; takes the comparison off them."""
+    last = len(tokens) - 1
+    i = last
+    while i >= 0 and last - i < 5 and (tokens[i] in LINKS or tokens[i] in ("interval", "duration")):
+        i -= 1
+    word = tokens[i] if i >= 0 else ""
+    compared = COMPARISONS.get(word, "")
+    if not compared or word in BEFORE_THAN[compared] and "than" not in tokens[i + 1:]:
+        return "", word
+    del tokens[i:]
+    while tokens and tokens[-1] in LINKS:
+        tokens.pop()
+    return compared, tokens[-1] if tokens else ""
 
 
 def with_numbers(raw):
@@ -556,57 +640,27 @@ def with_numbers(raw):
     A number counts with a unit or behind a measurement's name ("PR 240"); others stay words. Both numbers of
     "3 to 6 months" are months; "> 120 ms", "120 ms or more" and "longer than 120 ms" are above.
     """
-    found, sign, i = [], "", 0
-    while i < len(raw):
-        token = raw[i]
-        i += 1
-        if token in "-\u2212":
-            sign = "-"
-        elif token[0].isdigit() or token in NUMBER_WORDS:
-            head, comma, tail = NUMBER_WORDS.get(token, token).rpartition(",")
-            plain_number = sign + head.replace(",", "") + ("." if comma and len(tail) != 3 else "") + tail
-            unit = UNITS.get(raw[i], UNITS.get(raw[i].removesuffix("s"))) if i < len(raw) else None
-            found.append([plain_number, unit, token])
-            sign, i = "", i + (unit is not None)
-        else:
-            found.append(token)
-    for k in range(len(found) - 2, -1, -1):  # a range: the unit is that of both
-        if isinstance(found[k], list) and not found[k][1]:
-            after = found[k + 2 : k + 3] if found[k + 1] in ("to", "or", "and") else found[k + 1 : k + 2]
-            if after and isinstance(after[0], list):
-                found[k][1] = after[0][1]
-    result = []
-    for k, token in enumerate(found):
+    tokens, result = number_tokens(raw), []
+    for k, token in enumerate(tokens):
         if not isinstance(token, list):
             result.append(token)
             continue
-        compared, links, j = "", [], len(result) - 1
-        while j >= 0 and len(links) < 5 and (result[j] in LINKS or result[j] in ("interval", "duration")):
-            links.append(result[j])
-            j -= 1
-        if j >= 0 and (result[j] in ABOVE or result[j] in BELOW or result[j] in THAN and "than" in links):
-            compared = "above" if result[j] in ABOVE else "below" if result[j] in BELOW else THAN[result[j]]
-            del result[j:]
-            while result and result[-1] in LINKS:
-                result.pop()
-            j = len(result) - 1
-        text, unit, written = token
+        digits, unit, written = token
+        compared, before = take_comparison(result)
         try:
-            value = float(text)
+            value = float(digits)
         except ValueError:  # 1.2.3, or digits of another script
             value = math.inf
-        if not unit and j >= 0 and result[j] in MEASURED and written[0].isdigit():
-            kind = MEASURED[result[j]]
-            unit = (kind, 1000 if kind == "ms" and abs(value) < 10 else 1)
+        if not unit and before in MEASURED and written[0].isdigit():
+            unit = (MEASURED[before], 1000 if MEASURED[before] == "ms" and abs(value) < 10 else 1)
         if math.isinf(value) or not unit:
-            result += [compared] * (compared != "") + [written if written == "one" else text]
+            result += [compared] if compared else []
+            result.append(written if written == "one" else digits)
             continue
-        if found[k + 1 : k + 2] == ["or"] and k + 2 < len(found) and isinstance(found[k + 2], str):
-            following = THAN.get(found[k + 2]) or (
-                "above" if found[k + 2] in ABOVE else "below" if found[k + 2] in BELOW else ""
-            )
-            if following:
-                compared, found[k + 1], found[k + 2] = following, "of", "of"
+        if tokens[k + 1:k + 2] == ["or"] and k + 2 < len(tokens) and isinstance(tokens[k + 2], str):
+            following = COMPARISONS.get(tokens[k + 2])
+            if following:  # "or more", which is said with this
+                compared, tokens[k + 1:k + 3] = following, ["of", "of"]
         result.append((round(value * unit[1], 6), unit[0], compared))
     return result
 
@@ -617,25 +671,19 @@ def read(text):
     without triggers and FILLER. "Ruled out: ..." negates all that follows. Reads 50,000 characters, in time
     linear in them.
     """
-    text = (
-        unicodedata.normalize("NFKC", text[:50_000])
-        .replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
-        .replace("μ", "µ")
-        .lower()
-    )
+    text = unicodedata.normalize("NFKC", text[:50_000]).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    text = text.replace("\N{GREEK SMALL LETTER MU}", "\N{MICRO SIGN}").lower()
     for written, meant in WRITTEN:
         text = text.replace(written, meant)
-    sentences, sentence, usual = [], [], "affirmed"
+    sentences, sentence = [], []
+    usual = "affirmed"
     for token in [*with_numbers(TOKEN.findall(NON.sub("non", text))), "."]:
         if not isinstance(token, str) or token not in ".;:!?\n":
             sentence.append(token)
             continue
         status = statuses(sentence, usual)
-        said = [
-            (stem(word) if isinstance(word, str) else word, how)
-            for word, how in zip(sentence, status)
-            if how and word not in FILLER and word != ","
-        ]
+        said = [(stem(word) if isinstance(word, str) else word, how) for word, how in zip(sentence, status)
+                if how and word not in FILLER and word != ","]
         if token == ":" and None in status and not said:
             usual = "negated"
         if said:
@@ -646,13 +694,9 @@ def read(text):
 
 @functools.cache
 def phrases():
-    """{first word: [(words of a phrase, finding)]}, the longest first."""
-    index = {}
-    for finding, variants in FINDINGS.items():
-        for variant in variants.split(";"):
-            spelled = tuple(word for sentence in read(variant) for word, _ in sentence)
-            index.setdefault(spelled[0], []).append((spelled, finding))
-    return {first: sorted(found, key=lambda pair: -len(pair[0])) for first, found in index.items()}
+    """All variants of FINDINGS with their findings, by_first_word."""
+    return by_first_word([([word for sentence in read(variant) for word, _ in sentence], finding)
+                          for finding, variants in FINDINGS.items() for variant in variants.split(";")])
 
 
 @functools.lru_cache(1024)
@@ -662,18 +706,14 @@ def said_in(text):
     """
     result = []
     for sentence in read(text):
-        said, i = [], 0
+        spelled, said = [word for word, _ in sentence], []
+        i = 0
         while i < len(sentence):
             item, status = sentence[i]
-            length = 1
-            for phrase, finding in phrases().get(item, ()):
-                if tuple(word for word, _ in sentence[i : i + len(phrase)]) == phrase:
-                    own = {how for _, how in sentence[i : i + len(phrase)]}
-                    length, item = len(phrase), (finding, "finding")
-                    status = (
-                        "negated" if "negated" in own else "possible" if "possible" in own else "affirmed"
-                    )
-                    break
+            length, finding = longest_at(i, spelled, phrases())
+            if finding:
+                item, its_words = (finding, "finding"), {how for _, how in sentence[i:i + length]}
+                status = next(how for how in ("negated", "possible", "affirmed") if how in its_words)
             said.append((item, status))
             i += length
         result.append(said)
@@ -684,17 +724,19 @@ def key_findings(text):
     """{(finding, "finding") or (value, unit, comparison): "affirmed", "negated", "possible", or None where
     affirmed and negated} of a text, see FINDINGS and `with_numbers`.
     """
-    found = {}
+    said = {}
     for sentence in said_in(text):
         for item, status in sentence:
             if isinstance(item, tuple):
-                found.setdefault(item, set()).add(status)
-    return {
-        item: None
-        if {"affirmed", "negated"} <= how
-        else next(s for s in ("affirmed", "negated", "possible") if s in how)
-        for item, how in found.items()
-    }
+                said.setdefault(item, set()).add(status)
+    return {item: None if {"affirmed", "negated"} <= how
+            else next(status for status in ("affirmed", "negated", "possible") if status in how)
+            for item, how in said.items()}
+
+
+def half_said(number):
+    """A number, (value, unit, comparison), without its comparison, or with one where it has none."""
+    return [(*number[:2], compared) for compared in ([""] if number[2] else ["above", "below"])]
 
 
 def findings_f1(answer, gold, question=""):
@@ -707,45 +749,29 @@ def findings_f1(answer, gold, question=""):
     the gold answer does not mention may be denied. The measure is that of CheXbert's label F1 (Smit et al.
     2020, arXiv:2004.09167), with findings of ECGs.
     """
-    known = key_findings(question)
-    wanted, said = (
-        {item: status for item, status in key_findings(text).items() if known.get(item, "") != status}
-        for text in (gold, answer)
-    )
-    wanted = {item: status for item, status in wanted.items() if status}
+    given, in_gold = key_findings(question), key_findings(gold)
+    wanted = {item: status for item, status in in_gold.items() if status and given.get(item) != status}
     if not wanted:
         return None
-    torn = {item for item, status in key_findings(gold).items() if not status}
-    said = {
-        item: status
-        for item, status in said.items()
-        if item in wanted or status != "negated" and item not in torn
-    }
+    torn = {item for item, status in in_gold.items() if not status}
+    said = {item: status for item, status in key_findings(answer).items() if given.get(item, "") != status
+            and (item in wanted or status != "negated" and item not in torn)}
     right = 0.0
     for item, status in wanted.items():
-        others = (
-            [item]
-            if item[1] == "finding"
-            else [(*item[:2], compared) for compared in (item[2], "above", "below", "")]
-        )
-        found = next(
-            (other for other in others if other in said and (other == item or "" in (other[2], item[2]))),
-            None,
-        )
-        if found and said[found] == status:
-            right += 1.0 if found == item else 0.5
-        elif found == item and {said[item], status} == {"affirmed", "possible"}:
+        halves = [] if item[1] == "finding" else [half for half in half_said(item) if half in said]
+        if said.get(item) == status:
+            right += 1.0
+        elif item in said and {said[item], status} == {"affirmed", "possible"}:
+            right += 0.5
+        elif item not in said and halves and said[halves[0]] == status:
             right += 0.5
     return 2 * right / (len(wanted) + len(said))
 
 
 def flat(text):
     """The items of all sentences of a text, with affirmed for possible where they are words."""
-    return [
-        (item, status if isinstance(item, tuple) or status == "negated" else "affirmed")
-        for sentence in said_in(text)
-        for item, status in sentence
-    ]
+    return [(item, status if isinstance(item, tuple) or status == "negated" else "affirmed")
+            for sentence in said_in(text) for item, status in sentence]
 
 
 def token_f1(answer, gold, question=""):
@@ -757,13 +783,14 @@ def token_f1(answer, gold, question=""):
     0.8 times the share of the other words in common that have a neighbour in common: shuffled words say
     nothing.
     """
-    known = set(flat(question))
-    said, wanted = ([item for item in flat(text) if item not in known] for text in (answer, gold))
+    given = set(flat(question))
+    said, wanted = ([item for item in flat(text) if item not in given] for text in (answer, gold))
     if not wanted:  # the gold answer only repeats the question
         said, wanted = flat(answer), flat(gold)
-    weigh = lambda counter: sum(
-        count * (3 if isinstance(item[0], tuple) else 1) for item, count in counter.items()
-    )  # noqa: E731
+
+    def weight(items):
+        return sum(3 * count if isinstance(item[0], tuple) else count for item, count in items.items())
+
     both = Counter(said) & Counter(wanted)
     if not both:
         return float(plain(answer) == plain(gold))
@@ -771,7 +798,7 @@ def token_f1(answer, gold, question=""):
     linked = {item for pair in zip(said, said[1:]) if pair in pairs for item in pair}
     loose = [item for item in both if not isinstance(item[0], tuple)]
     order = sum(item in linked for item in loose) / len(loose) if loose and len(wanted) > 1 else 1.0
-    return 2 * weigh(both) / (weigh(Counter(said)) + weigh(Counter(wanted))) * (0.2 + 0.8 * order)
+    return 2 * weight(both) / (weight(Counter(said)) + weight(Counter(wanted))) * (0.2 + 0.8 * order)
 
 
 def length_guard(answer, gold):
@@ -825,39 +852,33 @@ REFER = frozenset(
      "stated here before earlier and or but do does did has have been must should can actual reality truth "
      "quite simply instead however s any").split())
 
-
 @functools.cache
 def opposites():
     """{stem: [(line of OPPOSITES, side, 1 or -1)]}."""
     index = {}
     for line, text in enumerate(OPPOSITES.split(";")):
-        for side, words_of in zip((1, -1), text.split("|")):
-            for word in dict.fromkeys(map(stem, words_of.split())):
+        for side, spelled in zip((1, -1), text.split("|")):
+            for word in dict.fromkeys(map(stem, spelled.split())):
                 index.setdefault(word, []).append((line, side))
     return index
 
 
 def retractions(text):
-    """How many clauses of a text do nothing but call it false ("All of this is wrong.", "Disregard the above",
-    "The opposite is true"): of words that point at the answer, deny or call false; one other word may be
-    among them.
+    """How many clauses of a text do nothing but call it false ("All of this is wrong.", "Disregard the
+    above", "The opposite is true"): of words that point at the answer, deny or call false; one other word may
+    be among them.
     """
-    count = 0
-    for clause in re.split(
-        r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b",
-        text[:50_000].lower().replace("n't", " not"),
-    ):
-        own = re.findall(r"[^\W\d_]+", clause)
-        false = [word for word in own if word in FALSE] or {"take", "back"} <= set(own)
-        denied = [word for word in own if word in DENY]
-        true = [word for word in own if word in TRUE]
-        rest = [
-            word
-            for word in own
-            if word not in FALSE and word not in DENY and word not in TRUE and word not in REFER
-        ]
-        count += (bool(false) and not denied or bool(denied and true)) and len(rest) <= (len(own) > 3)
-    return count
+    def retracts(clause):
+        spelled = re.findall(r"[^\W\d_]+", clause)
+        false = not FALSE.isdisjoint(spelled) or {"take", "back"} <= set(spelled)
+        denied, true = not DENY.isdisjoint(spelled), not TRUE.isdisjoint(spelled)
+        others = sum(word not in pointing for word in spelled)
+        return (denied and true or false and not denied) and others <= (1 if len(spelled) > 3 else 0)
+
+    pointing = FALSE | DENY | TRUE | REFER
+    clauses = re.split(r"[.;:!?,\n()\u2013\u2014]|\bbut\b|\band\b|\bwhich\b|\bhowever\b",
+                       text[:50_000].lower().replace("n't", " not"))
+    return sum(map(retracts, clauses))
 
 
 def opposed(answer, gold):
@@ -865,53 +886,63 @@ def opposed(answer, gold):
     depression" for "ST elevation"), or instead of it anywhere, or with another prefix ("irregular",
     "hypokalemia"), in the same status.
     """
-    sides = [
-        {word for sentence in read(text) for word, _ in sentence if isinstance(word, str)}
-        for text in (gold, answer)
-    ]
-    known = sides[0] | sides[1]
-    prefixed = {}
-    for word in known:
+    vocabulary = {word for text in (gold, answer) for sentence in read(text) for word, _ in sentence
+                  if isinstance(word, str)}
+    prefixed = {}  # word: its poles, as in `opposites`
+    for word in vocabulary:
         for prefix in PREFIXES:
             rest = word.removeprefix(prefix)
-            if rest != word and len(rest) > 3 + (len(prefix) < 2):
-                for other in {rest, SWAPPED.get(prefix, prefix) + rest} & known - {word}:
+            if rest != word and len(rest) > (4 if prefix == "a" else 3):
+                for other in ({rest, SWAPPED.get(prefix, prefix) + rest} & vocabulary) - {word}:
                     prefixed.setdefault(word, []).append((prefix + rest, -1))
                     prefixed.setdefault(other, []).append((prefix + rest, 1))
-    beside, occurring = {}, []  # of the gold answer: {(line, side, negated): neighbours}
-    counts = Counter(), Counter()
-    for number, text in enumerate((gold, answer)):
+
+    def occurrences(text):
+        """[(poles of a word, its neighbours, how often)]; a pole is (line, side, negated)."""
         places = Counter()  # (word before, word, word behind, negated): a text may repeat itself without end
         for sentence in read(text):
             spelled = [None, *(word for word, _ in sentence), None]
             negated = [status == "negated" for _, status in sentence]
             places.update(zip(spelled, spelled[1:], spelled[2:], negated))
         for (before, word, behind, negated), times in places.items():
-            keys = [(*pole, negated) for pole in (*opposites().get(word, ()), *prefixed.get(word, ()))]
-            neighbours = {before, behind} - {word, None}
-            for key in keys:
-                counts[number][key] += times
-                if number == 0:
-                    beside.setdefault(key, set()).update(neighbours)
-            if keys and number:
-                occurring.append((keys, neighbours, times))
-    there = sum(
-        times
-        for keys, neighbours, times in occurring
-        if any(
-            beside.get((line, -side, how), set()) & neighbours - beside.get((line, side, how), set())
-            for line, side, how in keys
-        )
-    )
-    wanted, said = counts
-    instead = max(
-        (
-            min(count - wanted[key], wanted[key[0], -key[1], key[2]] - said[key[0], -key[1], key[2]])
-            for key, count in said.items()
-        ),
-        default=0,
-    )
+            poles = [(*pole, negated) for pole in (*opposites().get(word, ()), *prefixed.get(word, ()))]
+            if poles:
+                yield poles, {before, behind} - {word, None}, times
+
+    def other(pole):
+        return pole[0], -pole[1], pole[2]
+
+    wanted, beside = Counter(), {}  # of each pole in the gold answer: how often, and its neighbours
+    for poles, neighbours, times in occurrences(gold):
+        for pole in poles:
+            wanted[pole] += times
+            beside.setdefault(pole, set()).update(neighbours)
+    said, there = Counter(), 0
+    for poles, neighbours, times in occurrences(answer):
+        for pole in poles:
+            said[pole] += times
+        if any(beside.get(other(pole), set()) & neighbours - beside.get(pole, set()) for pole in poles):
+            there += times
+    instead = max((min(count - wanted[pole], wanted[other(pole)] - said[other(pole)])
+                   for pole, count in said.items()), default=0)
     return max(there, instead)
+
+
+def numbers_in(text):
+    """(Counter of the numbers of a text, {(where, word beside, unit): numbers}); a word that ends in a digit
+    is one too ("V2"), its letters are its unit.
+    """
+    numbers, places = Counter(), {}
+    for sentence in read(text):
+        for i, (word, _) in enumerate(sentence):
+            if isinstance(word, str) and not word[-1].isdigit():
+                continue
+            number = word if isinstance(word, tuple) else (word, word.rstrip("0123456789.").lstrip("-"), "")
+            numbers[number] += 1
+            for step in (-1, 1):
+                beside = sentence[i + step][0] if 0 <= i + step < len(sentence) else ""
+                places.setdefault((step, beside, number[1]), set()).add(number)
+    return numbers, places
 
 
 def numbers_changed(answer, gold, question=""):
@@ -919,45 +950,36 @@ def numbers_changed(answer, gold, question=""):
     word: "V2") that neither the gold answer nor the question has, instead of one of the gold answer's or
     beside the same word as it; and bare numbers ("type 2") that replace another beside the same word.
     """
-    found, places = (
-        [],
-        [],
-    )  # of gold answer, answer and question: numbers, and {(where, word beside, unit): numbers}
-    for text in (gold, answer, question):
-        own, at = Counter(), {}
-        for sentence in read(text):
-            for i, (word, _) in enumerate(sentence):
-                if isinstance(word, str) and not word[-1].isdigit():
-                    continue
-                item = word if isinstance(word, tuple) else (word, word.rstrip("0123456789.").lstrip("-"), "")
-                own[item] += 1
-                for step in (-1, 1):
-                    beside = sentence[i + step][0] if 0 <= i + step < len(sentence) else ""
-                    at.setdefault((step, beside, item[1]), set()).add(item)
-        found.append(own)
-        places.append(at)
-    missing, extra = found[0] - found[1], found[1] - found[0]
-    for value, unit, compared in list(missing):  # half said, but not changed
-        for other in ((value, unit, ""),) if compared else ((value, unit, "above"), (value, unit, "below")):
-            both = min(missing[value, unit, compared], extra[other])
-            missing[value, unit, compared] -= both
+    (said, said_at), (wanted, wanted_at) = numbers_in(answer), numbers_in(gold)
+    missing, extra = wanted - said, said - wanted
+    for number in list(missing):  # half said, but not changed
+        for other in half_said(number):
+            both = min(missing[number], extra[other])
+            missing[number] -= both
             extra[other] -= both
-    new = {item for item, count in extra.items() if count and item not in found[0] and item not in found[2]}
+    given, _ = numbers_in(question)
+    new = {number for number, count in extra.items()
+           if count and number not in wanted and number not in given}
     instead, lost = Counter(), Counter()
-    for item, count in extra.items():
-        instead[item[1]] += count if item in found[0] or item in new else 0
-    for item, count in missing.items():
-        lost[item[1]] += count
-    named = (instead & lost).total() - (instead & lost)[""]
-    both_ways = sum(
-        bool(own & new) and place[2] != "" for place, own in places[1].items() if place in places[0]
-    )
-    bare = any(
-        own - places[0][place] and places[0][place] - own
-        for place, own in places[1].items()
-        if place in places[0] and not place[2]
-    )
-    return max(named, min(1, both_ways)) + bare
+    for number, count in extra.items():
+        if number in wanted or number in new:
+            instead[number[1]] += count
+    for number, count in missing.items():
+        lost[number[1]] += count
+    changed = sum(count for unit, count in (instead & lost).items() if unit)
+    bare = 0
+    for place, numbers in said_at.items():
+        if place in wanted_at and place[2]:
+            changed = max(changed, 1 if numbers & new else 0)
+        elif place in wanted_at and numbers - wanted_at[place] and wanted_at[place] - numbers:
+            bare = 1
+    return changed + bare
+
+
+def neighbours(said):
+    """[((item, the next), (whether negated, the next))] of a sentence; a single item stands beside itself."""
+    return [((a, b), (one == "negated", two == "negated"))
+            for (a, one), (b, two) in zip(said, said[1:] or said)]
 
 
 def contradictions(answer, gold, question=""):
@@ -965,481 +987,158 @@ def contradictions(answer, gold, question=""):
     neighbouring words, which the gold answer affirms (or the other way round), and what `opposed` and
     `numbers_changed` count. What the gold answer says both ways can't be contradicted.
     """
-    found, pairs = key_findings(gold), {}
+    wanted, pairs = key_findings(gold), {}
     for said in said_in(gold):
-        for (a, one), (b, two) in zip(said, said[1:] or said):  # a single word: beside itself
-            pairs.setdefault((a, b), set()).add((one == "negated", two == "negated"))
-    turned = 0
-    for said in said_in(answer):
-        turned += any({status, found.get(item)} == {"affirmed", "negated"} for item, status in said) or any(
-            (one == "negated", two == "negated")
-            not in pairs.get((a, b), [(one == "negated", two == "negated")])
-            for (a, one), (b, two) in zip(said, said[1:] or said)
-        )
-    return turned + opposed(answer, gold) + numbers_changed(answer, gold, question)
+        for items, negated in neighbours(said):
+            pairs.setdefault(items, set()).add(negated)
+
+    def turned(said):
+        return (any({status, wanted.get(item)} == {"affirmed", "negated"} for item, status in said)
+                or any(negated not in pairs.get(items, [negated]) for items, negated in neighbours(said)))
+
+    return sum(map(turned, said_in(answer))) + opposed(answer, gold) + numbers_changed(answer, gold, question)
 
 
-# === free text: fluency, and a trained reward model ===================================================================
+# === the score ==============================================================================================
 
-
-@functools.cache
-def load_language_model(name):
-    """(tokenizer, model) of a causal language model, "microsoft/biogpt" say, for `fluency`; loaded once a process."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masked by the lengths below
-    return tokenizer, AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).to(device).eval()
-
-
-def mean_nll(texts, name):
-    """Mean negative log-probability of each text's tokens in nats (its log perplexity), up to 512 of them; None for one of fewer than
-    two tokens. Each text by itself: padding is masked. https://huggingface.co/docs/transformers/perplexity
-    """
-    import torch
-
-    def compute(fresh):
-        tokenizer, model = load_language_model(name)
-        results = [None] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 512, size=16):
-            inputs = inputs.to(model.device)
-            ids, mask = inputs["input_ids"].long(), inputs["attention_mask"][:, 1:].bool()
-            if ids.shape[1] < 2:
-                continue
-            with torch.inference_mode():
-                logits = model(input_ids=ids, attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
-                nll = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none") * mask
-            for i, total, count in zip(places, nll.sum(dim=1).tolist(), mask.sum(dim=1).tolist()):
-                results[i] = round(total / count, 5) if count else None
-        return results
-
-    return remember("nll", name, [text[:20_000] for text in texts], compute)
-
-
-def fluency(answers, golds, name):
-    """min(1, perplexity of the gold answer / perplexity of the answer) of each, 0 to 1, under a causal language model: 1 for an answer
-    that reads at least as easily as the gold one. Bounded, so that smooth babble can't win by it.
-    """
-    nll = mean_nll([*answers, *golds], name)
-    return [0.0 if own is None else 1.0 if gold is None else math.exp(min(0.0, gold - own))
-            for own, gold in zip(nll[:len(answers)], nll[len(answers):])]
-
-
-@functools.cache
-def load_reward_model(folder):
-    """(tokenizer, model, mean, standard deviation) of a folder written by train_reward_model; loaded once a process."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    scale = json.loads((Path(folder) / "normalisation.json").read_text())
-    if (Path(folder) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForSequenceClassification
-        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, trust_remote_code=False)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
-    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), scale["mean"], scale["std"]
-
-
-def learned_rewards(questions, answers, folder):
-    """Scores, 0 to 1, of answers by a trained reward model: the sigmoid of its output, less the mean and divided by the standard
-    deviation of those on its held-out pairs, so that rewards of different models have one scale.
-    """
-    import torch
-
-    def compute(fresh):
-        tokenizer, model, mean, std = load_reward_model(folder)
-        results = [0.0] * len(fresh)
-        for places, inputs in batched(fresh, tokenizer, 1024, size=32):
-            with torch.inference_mode():
-                logits = model(input_ids=inputs["input_ids"].to(model.device),
-                               attention_mask=inputs["attention_mask"].to(model.device)).logits[:, 0].float()
-            for i, score in zip(places, torch.sigmoid((logits - mean) / std).tolist()):
-                results[i] = round(score, 5)
-        return results
-
-    return remember("reward", folder, [asked(q, a[:20_000]) for q, a in zip(questions, answers)], compute)
-
-
-def asked(question, answer):
-    """What a reward model reads."""
-    return f"Question: {question}\nAnswer: {answer}"
-
-
-# === the score ========================================================================================================
-
-# Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their weight to the others.
-WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1, "brevity": 0.05},
+# Weights of the parts of a free-text score. The parts are 0 to 1; parts whose model is not there leave their
+# weight to the others.
+WEIGHTS = {"hybrid": {"findings": 0.4, "tokens": 0.2, "similarity": 0.2, "fluency": 0.05, "format": 0.1,
+                      "brevity": 0.05},
            "reasoning": {"similarity": 0.5, "fluency": 0.4, "format": 0.1}}
-# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can pass it.
-# On the real rows of tests/README.md, 89 of 117 second answers to a question do, and 23 of 8,772 wrong ones.
+# "All right" where the gold answer has no key finding and no verdict: no answer with a contradiction can
+# pass it. On the real rows of tests/README.md, 89 of 117 second answers to a question do, and 23 of 8,772
+# wrong ones.
 ENOUGH = 0.5
 METHOD = {"ecg_expert_qa": "hybrid", "medical_o1": "reasoning"}  # the usual mix of a data source
 
 
-def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, method="", weights=None, encoder="", language_model="",
-                   reward_model=""):
-    """Scores free-text completions, so many at once that models see batches; compute_score of each gives the same.
+def weighted(parts, mix):
+    """Mean of the parts that `mix`, {part: weight}, names, kept in -1 to 1."""
+    mean = sum(weight * parts[name] for name, weight in mix.items()) / sum(mix.values())
+    return max(-1.0, min(1.0, mean))
 
-    data_source: "ecg_expert_qa" or "medical_o1". The other three: lists of equal length, see compute_score. method: a key of
-    WEIGHTS ("" = METHOD's). weights: instead of its weights; "learned", the reward model's, is another part, of weight 0 unless given.
-    encoder, language_model, reward_model: names of models, "" for none: then similarity is token_f1 of the overlap of
-    words, and fluency and learned are left out.
-    Returns a dict each: score, -1 to 1: the weighted mean of the parts, or -1 where there is no answer in the one answer
-    block; rule, the same without the reward model; the parts, unweighted, 0 to 1; accuracy (1.0 or 0.0: the verdict of a yes/no
-    question is right, else every key finding is, or, where the gold answer has none, tokens is more than ENOUGH); format_ok;
-    answer. Each contradiction of the gold answer (see `contradictions`) halves findings, tokens and similarity; an answer with
-    the wrong verdict, or that takes itself back, has none of them.
+
+def compute_scores(data_source, solution_strs, ground_truths, extra_infos, *, method="", weights=None,
+                   encoder="", language_model="", reward_model=""):
+    """Scores free-text completions, so many at once that models see batches; compute_score of each gives the
+    same.
+
+    data_source: "ecg_expert_qa" or "medical_o1". The other three: lists of equal length, see compute_score.
+    method: a key of WEIGHTS ("" = METHOD's). weights: instead of its weights; "learned", the reward model's,
+    is another part, of weight 0 unless given. encoder, language_model, reward_model: names of models, "" for
+    none: then similarity is token_f1 of the overlap of words, and fluency and learned are left out.
+    Returns a dict each: score, -1 to 1: the weighted mean of the parts, or -1 where there is no answer in the
+    one answer block; rule, the same without the reward model; the parts, unweighted, 0 to 1; accuracy (1.0 or
+    0.0: the verdict of a yes/no question is right, else every key finding is, or, where the gold answer has
+    none, tokens is more than ENOUGH); format_ok; answer. Each contradiction of the gold answer (see
+    `contradictions`) halves findings, tokens and similarity; an answer with the wrong verdict, or that takes
+    itself back, has none of them.
     """
     tags, mix = TAGS[data_source], weights or WEIGHTS[method or METHOD[data_source]]
     answers = [answer_block(text, tags) or "" for text in solution_strs]
-    questions = [(extra or {}).get("question") or "" for extra in extra_infos]
-    if encoder:
-        closeness([pair for a, g, q in zip(answers, ground_truths, questions) if a for pair in ((a, g), (q, g))], encoder)  # in batches
-    fluent = fluency(answers, ground_truths, language_model) if language_model else None
-    learned = learned_rewards(questions, answers, reward_model) if reward_model else None
+    extra_infos = [extra or {} for extra in extra_infos]
+    questions = [extra.get("question") or "" for extra in extra_infos]
+    if encoder:  # in batches, for what `similarity` asks below
+        closeness([pair for answer, gold, question in zip(answers, ground_truths, questions) if answer
+                   for pair in ((answer, gold), (question, gold))], encoder)
+    fluent = fluency(answers, ground_truths, language_model) if language_model else []
+    learned = learned_rewards(questions, answers, reward_model) if reward_model else []
     results = []
-    for i, (text, answer, gold, question) in enumerate(zip(solution_strs, answers, ground_truths, questions)):
-        in_place = tags_in_place(text, tags)
-        by_words = token_f1(answer, gold, question) if answer else 0.0
+    for i, answer in enumerate(answers):
+        gold, question = ground_truths[i], questions[i]
+        in_place = tags_in_place(solution_strs[i], tags)
+        by_words = similar = token_f1(answer, gold, question) if answer else 0.0
         by_findings = findings_f1(answer, gold, question) if answer else 0.0
-        parts = {"findings": by_words if by_findings is None else by_findings, "tokens": by_words,
-                 "similarity": by_words if not encoder or not answer else float(plain(answer) == plain(gold)) or similarity(
-                     answer, gold, question, encoder),
+        if encoder and answer:
+            similar = 1.0 if plain(answer) == plain(gold) else similarity(answer, gold, question, encoder)
+        wanted = verdict(gold) if extra_infos[i].get("verdict") else ""
+        if retractions(answer) > retractions(gold) or wanted and verdict(answer) != wanted:
+            kept = 0.0
+        else:
+            kept = 0.5 ** contradictions(answer, gold, question)
+        parts = {"findings": kept * (by_words if by_findings is None else by_findings),
+                 "tokens": kept * by_words, "similarity": kept * similar,
                  "format": in_place / len(tags), "brevity": length_guard(answer, gold) if answer else 0.0}
         if fluent:
             parts["fluency"] = fluent[i]
-        wanted = verdict(gold) if (extra_infos[i] or {}).get("verdict") else ""
-        taken_back = retractions(answer) > retractions(gold) or wanted and verdict(answer) != wanted
-        kept = 0.0 if taken_back else 0.5 ** contradictions(answer, gold, question)
-        parts |= {part: kept * parts[part] for part in ("findings", "tokens", "similarity")}
         if learned:
             parts["learned"] = learned[i] if answer else 0.0
-        there = {part: weight for part, weight in mix.items() if part in parts}
-        rules = {part: weight for part, weight in there.items() if part != "learned"}
-        rule, score = (sum(weight * parts[part] for part, weight in own.items()) / sum(own.values()) if answer else -1.0
-                       for own in (rules or there, there))
-        right = (kept > 0 and verdict(answer) == wanted) if wanted else parts["findings"] > ENOUGH if by_findings is None else (
-            parts["findings"] == 1)
-        results.append({"score": max(-1.0, min(1.0, score)), "rule": max(-1.0, min(1.0, rule)), **parts, "accuracy": float(right),
-                        "format_ok": float(in_place == len(tags)), "answer": answer})
+        there = {name: weight for name, weight in mix.items() if name in parts}
+        rules = {name: weight for name, weight in there.items() if name != "learned"}
+        if wanted:
+            right = kept > 0 and verdict(answer) == wanted
+        else:
+            right = parts["findings"] > ENOUGH if by_findings is None else parts["findings"] == 1
+        results.append({"score": weighted(parts, there) if answer else -1.0,
+                        "rule": weighted(parts, rules or there) if answer else -1.0, **parts,
+                        "accuracy": float(right), "format_ok": float(in_place == len(tags)),
+                        "answer": answer})
     return results
 
 
 def verdict(answer):
-    """"yes" or "no" where a free-text answer begins with it and does not say the other anywhere as an answer: at the head of a
-    sentence, or before a punctuation mark, "and", "or" or the end ("Yes and no.", "Yes. No ...", "Yes, but the answer is no."); else "".
+    """"yes" or "no" where a free-text answer begins with it and does not say the other anywhere as an answer:
+    at the head of a sentence, or before a punctuation mark, "and", "or" or the end ("Yes and no.", "Yes. No
+    ...", "Yes, but the answer is no."); else "".
     """
     text = answer.lower()[:50_000]
     first = re.match(r"\W*(yes|no)\b", text)
-    other = first and {"yes": "no", "no": "yes"}[first[1]]
-    taken_back = first and re.search(rf"(?:^|[.;!?\n])\W*{other}\b|\b{other}\s*(?:[^\w\s'’]|$|(?:and|or)\b)", text)
-    return first[1] if first and not taken_back else ""
+    if not first:
+        return ""
+    other = {"yes": "no", "no": "yes"}[first[1]]
+    taken_back = re.search(rf"(?:^|[.;!?\n])\W*{other}\b|\b{other}\s*(?:[^\w\s'’]|$|(?:and|or)\b)", text)
+    return "" if taken_back else first[1]
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None, tag_weight=None,
-                  similarity_weight=None, encoder="", reward_router_address=None, reward_model_tokenizer=None, **free_text):
-    """Scores one completion. As it stands it is verl's custom reward function too (the two reward_* knobs are verl's, unused here).
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, correct_weight=None,
+                  tag_weight=None, similarity_weight=None, encoder="", reward_router_address=None,
+                  reward_model_tokenizer=None, **free_text):
+    """Scores one completion. As it stands it is verl's custom reward function too (the two reward_* knobs are
+    verl's, unused here).
 
-    data_source: a key of TAGS. solution_str: generated text only, without the prompt. ground_truth: the right label.
-    extra_info: the row's `extra` (MedMCQA: without options letters alone count; question and explanation
-    where they are). The weights are those of the data source (CORRECT_WEIGHT, TAG_WEIGHT, SIMILARITY_WEIGHT)
-    unless given. encoder: name of a sentence encoder for the similarity, "" for word overlap.
-    Returns a dict with the same keys for every input of a data source: score, the sum of its weighted parts correctness,
-    format and (MedMCQA) similarity; accuracy (1.0 or 0.0, the answer is right), format_ok (1.0 or 0.0, all tags in place)
-    and answer (the parsed label, "" if there is none). PubMedQA: 0 to 2.8; MedMCQA: 0 to 1.6. Free text (METHOD's sources) has
-    other knobs and parts, see compute_scores. Raises ValueError for an unknown data_source.
+    data_source: a key of TAGS. solution_str: generated text only, without the prompt. ground_truth: the right
+    label. extra_info: the row's `extra` (MedMCQA: without options letters alone count; question and
+    explanation where they are). The weights are those of the data source (CORRECT_WEIGHT, TAG_WEIGHT,
+    SIMILARITY_WEIGHT) unless given. encoder: name of a sentence encoder for the similarity, "" for word
+    overlap.
+    Returns a dict with the same keys for every input of a data source: score, the sum of its weighted parts
+    correctness, format and (MedMCQA) similarity; accuracy (1.0 or 0.0, the answer is right), format_ok (1.0
+    or 0.0, all tags in place) and answer (the parsed label, "" if there is none). PubMedQA: 0 to 2.8;
+    MedMCQA: 0 to 1.6. Free text (METHOD's sources) has other knobs and parts, see compute_scores. Raises
+    ValueError for an unknown data_source.
     """
     if data_source not in TAGS:
         raise ValueError(f"unknown data_source {data_source!r}, known: {', '.join(TAGS)}")
     if data_source in METHOD:
-        return compute_scores(data_source, [solution_str], [ground_truth], [extra_info], encoder=encoder, **free_text)[0]
-    correct_weight, tag_weight, similarity_weight = (
-        given if given is not None else usual[data_source] for given, usual in
-        ((correct_weight, CORRECT_WEIGHT), (tag_weight, TAG_WEIGHT), (similarity_weight, SIMILARITY_WEIGHT)))
-    tags = TAGS[data_source]
-    extra_info = extra_info or {}
+        return compute_scores(data_source, [solution_str], [ground_truth], [extra_info], encoder=encoder,
+                              **free_text)[0]
+    tags, extra = TAGS[data_source], extra_info or {}
     if data_source == "medmcqa":
-        options = extra_info.get("options")  # a list, or an array from a parquet file
-        known = options is not None and len(options) > 0
-        answer = parse_option(solution_str, tags, options if known else [""] * 4)
+        options = extra.get("options")  # a list, or an array from a parquet file
+        lettered = options is None or len(options) == 0
+        answer = parse_option(solution_str, tags, [""] * 4 if lettered else options)
     else:
         answer = parse_answer(solution_str, tags, LABELS[data_source])
     accuracy = float(answer != "" and answer == ground_truth)
     in_place = tags_in_place(solution_str, tags)
+    correct_weight = CORRECT_WEIGHT[data_source] if correct_weight is None else correct_weight
+    tag_weight = TAG_WEIGHT[data_source] if tag_weight is None else tag_weight
     parts = {"correctness": correct_weight * accuracy, "format": tag_weight * in_place}
     if data_source == "medmcqa":
-        parts["similarity"] = similarity_weight * similarity(
-            reasoning_block(solution_str, tags), extra_info.get("explanation") or "", extra_info.get("question") or "", encoder)
-    return {"score": sum(parts.values()), **parts, "accuracy": accuracy, "format_ok": float(in_place == len(tags)), "answer": answer}
+        weight = SIMILARITY_WEIGHT[data_source] if similarity_weight is None else similarity_weight
+        explanation, question = extra.get("explanation") or "", extra.get("question") or ""
+        reasoning = reasoning_block(solution_str, tags)
+        parts["similarity"] = weight * similarity(reasoning, explanation, question, encoder)
+    return {"score": sum(parts.values()), **parts, "accuracy": accuracy,
+            "format_ok": float(in_place == len(tags)), "answer": answer}
 
 
 def trl_reward(completions, data_source, ground_truth=(), extra=(), reward_model=(), extra_info=(), **_):
-    """The scores as TRL's GRPOTrainer asks for them, of conversational or plain completions. The columns are those of prepared rows,
-    or of verl's parquet, which load_dataset takes where a folder has both.
+    """The scores as TRL's GRPOTrainer asks for them, of conversational or plain completions. The columns are
+    those of prepared rows, or of verl's parquet, which load_dataset takes where a folder has both.
     """
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     truths = ground_truth or [one["ground_truth"] for one in reward_model]
-    return [compute_score(*row)["score"] for row in zip(data_source, texts, truths, extra or extra_info, strict=True)]
-
-
-# === the trained reward model =========================================================================================
-
-
-SWAPS = dict(pair.split("/") for pair in (
-    "left/right right/left elevation/depression depression/elevation prolonged/shortened shortened/prolonged bradycardia/tachycardia "
-    "tachycardia/bradycardia increase/decrease decrease/increase increases/decreases increased/decreased decreased/increased high/low "
-    "low/high higher/lower lower/higher elevated/reduced reduced/elevated wide/narrow narrow/wide widened/narrowed long/short short/long "
-    "peaked/flat inverted/upright normal/abnormal abnormal/normal regular/irregular irregular/regular first/third anterior/posterior "
-    "inferior/superior acute/chronic chronic/acute early/late rapid/slow fast/slow slow/fast positive/negative negative/positive "
-    "hyperkalemia/hypokalemia hypokalemia/hyperkalemia atrial/ventricular ventricular/atrial more/less before/after improve/worsen").split())
-TAKEN_BACK = ("{} All of this is wrong.", "{} Disregard the above.", "{} The opposite is true.", "The following is false: {}")
-
-
-def corruptions(answer, other, generator):
-    """{kind: a worse answer} made from a gold answer: another question's, a finding negated (or its negation dropped), a number
-    changed, a word's antonym in its place, the end cut off, all of it taken back or ruled out, a full stop; kinds that would
-    leave it as it is are missing.
-    """
-    parts, number = answer.split(), [match for match in re.finditer(r"\d+(?:\.\d+)?", answer)]
-    made = {"another question's answer": other, "taken back": generator.choice(TAKEN_BACK).format(answer),
-            "ruled out": f"Ruled out: {answer}", "full stop": "."}
-    plain_words = [word.strip(".,;:").lower() for word in parts]
-    if "no" in plain_words or "not" in plain_words:
-        made["negated"] = " ".join(word for word, bare in zip(parts, plain_words) if bare not in ("no", "not"))
-    elif plain_words[:1] == ["yes"]:
-        made["negated"] = "No" + answer.lstrip()[3:]
-    else:  # every place before a finding, or before a content word, will do
-        places = [i for i, word in enumerate(plain_words) if stem(word) in phrases()] or range(len(parts))
-        place = generator.choice(list(places))
-        made["negated"] = " ".join([*parts[:place], "no", *parts[place:]])
-    if number:
-        match = generator.choice(number)
-        changed = float(match[0]) * generator.choice((0.5, 0.7, 1.5, 2.0, 3.0))
-        made["number"] = answer[:match.start()] + f"{changed:.{len(match[0].partition('.')[2])}f}" + answer[match.end():]
-    swappable = [match for match in re.finditer(r"[A-Za-z]+", answer) if match[0].lower() in SWAPS]
-    if swappable:
-        match = generator.choice(swappable)
-        opposite = SWAPS[match[0].lower()]
-        made["antonym"] = (answer[:match.start()] + (opposite.capitalize() if match[0][0].isupper() else opposite)
-                           + answer[match.end():])
-    if len(parts) > 3:
-        made["truncated"] = " ".join(parts[:generator.randint(len(parts) // 4 + 1, len(parts) * 3 // 4)])
-    return {kind: text for kind, text in made.items() if plain(text) != plain(answer)}
-
-
-@dataclass
-class Train:
-    """Trains a reward model on preference pairs made from prepared free-text rows: the gold answer against a worse one."""
-
-    data: str  # folder of data.prepare (train.jsonl, heldout.jsonl)
-    base: str = "tiny"  # model to start from: tiny (the built-in one), a folder, or a hub id
-    out: str = "runs/reward-model"  # folder to write
-    lora_r: int = 0  # rank of a LoRA adapter (0 = train all weights)
-    num_epochs: int = 1  # passes over the rows; each makes other pairs
-    batch_size: int = 16  # questions in a step; pairs of up to four kinds, drawn, for each
-    learning_rate: float = 5e-4  # peak of AdamW's (5e-4 suits the built-in model; 1e-5 all weights of a real one, 1e-4 LoRA)
-    max_length: int = 512  # tokens of question and answer
-    limit: int = 0  # use only so many training rows (0 = all)
-    eval_size: int = 400  # held-out questions to measure on
-    seed: int = 0  # of pairs, order and the fresh output layer
-
-
-# (least, most) of the numbers among these knobs: what data.RANGES says of them (a test compares)
-TRAIN_RANGES = {
-    "lora_r": (0, 4096),
-    "num_epochs": (1, 10**6),
-    "batch_size": (1, 10**6),
-    "learning_rate": (1e-12, 10),
-    "max_length": (1, 2**20),
-    "limit": (0, 10**9),
-    "eval_size": (1, 10**9),
-    "seed": (0, 2**63 - 1),
-}
-
-
-def read_rows(path, wanted):
-    """Prepared free-text rows of a JSON-lines file; exits with one line where there are none."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [row for row in rows if row["data_source"] in METHOD and row["extra"]["question"] and row["ground_truth"]]
-        for row in found:
-            if {type(row["extra"]["question"]), type(row["ground_truth"])} != {str}:
-                raise TypeError("a question or an answer that is no text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SystemExit(refused(f"{path}: cannot be read as prepared rows ({type(error).__name__}: {error}); make them with python -m data.prepare ecg"))
-    if len(found) < wanted:
-        raise SystemExit(refused(f"{path}: {len(found)} free-text rows where at least {wanted} are needed (sources {', '.join(METHOD)})"))
-    return found
-
-
-def refused(message):
-    """Prints a message for bad input, on one line; returns the exit code."""
-    line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-    print(f"error: {line}", file=sys.stderr)
-    return 2
-
-
-def pairs_of(rows, generator, most=0):
-    """[(kind, question, gold answer, worse answer)] of prepared rows, one of each kind that can be made, or `most` kinds drawn."""
-    others, pairs = [row["ground_truth"] for row in rows], []
-    for row in rows:
-        made = list(corruptions(row["ground_truth"], generator.choice(others), generator).items())
-        chosen = generator.sample(made, most) if 0 < most < len(made) else made
-        pairs += [(kind, row["extra"]["question"], row["ground_truth"], worse) for kind, worse in chosen]
-    return pairs
-
-
-def train_reward_model(config):
-    """Trains and saves a one-output classifier: loss -log sigmoid(score of the gold answer - score of the worse one) (Bradley and
-    Terry 1952, doi:10.2307/2334029; Ouyang et al. 2022, arXiv:2203.02155).
-
-    Writes into config.out what from_pretrained loads (or a LoRA adapter), normalisation.json (mean and standard deviation
-    of its scores on the held-out pairs) and summary.json (accuracy on held-out questions by kind of corruption), and
-    returns the summary. Ends with exit code 2 and one line where the input is bad.
-    """
-    import torch
-    import transformers
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    transformers.logging.set_verbosity_error()  # that the output layer is new is no news
-    transformers.utils.logging.disable_progress_bar()
-    for name, (least, most) in TRAIN_RANGES.items():
-        value = getattr(config, name)
-        if not least <= value <= most:
-            raise SystemExit(refused(f"--{name} {value}: at least {least:,} and at most {most:,} is needed"))
-    folder, out = Path(config.data), Path(config.out).resolve()
-    if not config.out:
-        raise SystemExit(refused("--out is empty: name the folder to write"))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SystemExit(refused(f"--out {config.out} is there, and not an empty folder: take another"))
-    if (Path(config.base) / "adapter_config.json").exists():
-        raise SystemExit(refused(f"--base {config.base} is an adapter folder, a whole model is needed: merge "
-                                 f"it first (python eval.py merge --model {config.base} --out DIR)"))
-    train = read_rows(folder / "train.jsonl", 2)[:config.limit or None]
-    heldout = read_rows(folder / "heldout.jsonl", 2)[:config.eval_size]
-    base = str(Path(__file__).parent / "data" / "tiny") if config.base == "tiny" else config.base
-    torch.manual_seed(config.seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32, use_safetensors=True,
-                                                                   trust_remote_code=False)
-    except Exception as error:  # a dozen types of transformers and hub, one thing to the user: no model
-        raise SystemExit(refused(f"--base {config.base} cannot be loaded ({type(error).__name__}: {str(error)[:200]})"))
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if config.lora_r:
-        from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear", task_type="SEQ_CLS"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise SystemExit(refused(f"--out {config.out} cannot be written ({error.strerror})"))
-    with aside:
-        summary = fit_reward_model(config, model, tokenizer, train, heldout, Path(aside.name) / "model")
-        (Path(aside.name) / "model").rename(out)  # in place of an empty folder too: it is whole or not there
-    print(f"written: {config.out}/")
-    return summary
-
-
-def fit_reward_model(config, model, tokenizer, train, heldout, out):
-    """The training of train_reward_model on these rows; writes into the folder `out`, returns the summary."""
-    import torch
-    from tqdm import tqdm
-    trained = [p for p in model.parameters() if p.requires_grad]
-    print(f"reward model: {config.base}, {sum(p.numel() for p in trained):,} weights to train on {len(train)} questions, {len(heldout)} held out")
-
-    def scores(pairs):
-        """[2, N]: of the gold answers and of the worse ones."""
-        texts = [asked(q, text) for column in (2, 3) for pair in pairs for q, text in [(pair[1], pair[column])]]
-        inputs = tokenizer(texts, truncation=True, max_length=config.max_length, padding=True, padding_side="right", return_tensors="pt").to(model.device)
-        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].float().view(2, -1)
-
-    steps = config.num_epochs * -(-len(train) // config.batch_size)
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    bar, generator, curve = tqdm(total=steps, desc="train", unit="step", disable=None), random.Random(config.seed), []
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for epoch in range(config.num_epochs):
-        order = generator.sample(train, len(train))
-        for first in range(0, len(order), config.batch_size):
-            pairs = pairs_of(order[first:first + config.batch_size], generator, 4)
-            if not pairs:
-                continue
-            gold, worse = scores(pairs)
-            loss = -torch.nn.functional.logsigmoid(gold - worse).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (len(curve) + 1) / (steps / 20), (steps - len(curve)) / steps)
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append((loss.item(), (gold > worse).float().mean().item()))
-            bar.update()
-            bar.set_postfix_str(f"loss {loss.item():.3f}, pairs right {curve[-1][1]:.2f}")
-            if len(curve) == 1 or len(curve) % max(1, steps // 10) == 0:
-                bar.write(f"step {len(curve):4} of {steps}  loss {loss.item():.4f}  pairs right {curve[-1][1]:.3f}")
-    bar.close()
-
-    model.eval()
-    tested, right, seen = pairs_of(heldout, random.Random(config.seed + 1)), Counter(), []
-    if not tested:
-        raise SystemExit(refused(f"{config.data}/heldout.jsonl: no answer in it can be made worse"))
-    with torch.inference_mode():
-        for first in range(0, len(tested), 64):
-            part = tested[first:first + 64]
-            both = scores(part)
-            seen.append(both.flatten())
-            right.update(kind for (kind, *_), better in zip(part, (both[0] > both[1]).tolist()) if better)
-    counts, seen = Counter(kind for kind, *_ in tested), torch.cat(seen)
-    if not seen.isfinite().all():
-        words = "the trained model's scores are NaN, nothing is written: lower it, or take another --base"
-        raise SystemExit(refused(f"--learning_rate {config.learning_rate}: {words}"))
-    summary = {"accuracy": sum(right.values()) / len(tested), "n": len(tested),
-               "by_kind": {kind: {"accuracy": right[kind] / n, "n": n} for kind, n in counts.items()},
-               "base": config.base, "data": config.data, "steps": len(curve), "seed": config.seed}
-    scale = {"mean": seen.mean().item(), "std": max(1e-6, seen.std().item())}
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "normalisation.json").write_text(json.dumps(scale) + "\n")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{'held-out pairs':28}{'right':>8}{'of':>7}")
-    for kind, part in [*summary["by_kind"].items(), ("all", summary)]:
-        print(f"{kind:28}{part['accuracy']:8.3f}{part['n']:7}")
-    return summary
-
-
-def main(arguments):
-    """The command line after `python rewards.py`. Ends as all commands do (data.one_line_errors): a path that
-    the system refuses, a full disk, too little memory with exit code 2 and one line, Ctrl-C with 130.
-    """
-    import tyro
-    if arguments[:1] != ["train"]:
-        sys.exit(refused("python rewards.py train PREPARED_FOLDER trains a reward model; "
-                         "python rewards.py train --help shows its knobs"))
-    try:
-        train_reward_model(tyro.cli(Train, args=arguments[1:], use_underscores=True,
-                                    config=(tyro.conf.PositionalRequiredArgs,)))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # who read the output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception as error:
-        text = str(error)
-        if "No space left on device" in text or "os error 28" in text:  # the latter is safetensors'
-            text = f"the disk is full ({text}): make room, nothing was written"
-        elif isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-            text = f"out of memory ({text[:200]}): lower --batch_size or --max_length, or change --base"
-        elif not isinstance(error, OSError):
-            raise
-        sys.exit(refused(text))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    rows = zip(data_source, texts, truths, extra or extra_info, strict=True)
+    return [compute_score(*row)["score"] for row in rows]

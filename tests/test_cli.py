@@ -27,7 +27,7 @@ import eval as evaluation
 import grpo_ecg
 import grpo_medmcqa
 import grpo_pubmedqa as grpo
-import rewards
+import sft
 from conftest import ROOT, save_family
 from data import ecg, one_line_errors, prepare, printable
 from test_data import SINGLE
@@ -674,9 +674,11 @@ def test_a_merge_that_failed_does_not_block_the_next(tmp_path, monkeypatch, caps
 
 
 def trained(*arguments):
-    """rewards.py train in this process; returns the exit code."""
+    """sft.py reward_model in this process; returns the exit code."""
     try:
-        rewards.main(["train", *map(str, arguments)])
+        with one_line_errors():
+            flags = list(map(str, arguments))
+            sft.train_reward_model(evaluation.tyro.cli(sft.RewardModel, args=flags, use_underscores=True))
     except SystemExit as end:
         return end.code
     return 0
@@ -693,12 +695,12 @@ def answers(tmp_path):
 
 
 def test_reward_training_finds_out_about_its_folder_before_it_trains(answers, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rewards, "pairs_of", lambda *_: pytest.fail("training has begun"))
+    monkeypatch.setattr(sft, "pairs_of", lambda *_: pytest.fail("training has begun"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")  # of a stopped run
     for out in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "run", "/proc/out", "", "x" * 300):
-        assert trained(answers, "--out", out) == 2
+        assert trained("--data", answers, "--out", out) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and str(out) in error and error.count("\n") == 1, error
     assert (tmp_path / "run" / "config.json").read_text() == "{}"
@@ -706,7 +708,7 @@ def test_reward_training_finds_out_about_its_folder_before_it_trains(answers, tm
 
 def test_reward_training_that_fails_is_one_line_and_leaves_nothing(answers, tmp_path, monkeypatch, capsys):
     usual = transformers.PreTrainedTokenizerFast.save_pretrained
-    little = [answers, "--out", tmp_path / "out", "--max_length", 16, "--batch_size", 2]
+    little = ["--data", answers, "--out", tmp_path / "out", "--max_length", 16, "--batch_size", 2]
 
     def failing(error):
         def save(*_, **__):
@@ -735,20 +737,22 @@ def test_reward_training_that_fails_is_one_line_and_leaves_nothing(answers, tmp_
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"ground_truth": 3}, "no text"), ({"extra": {"question": ["?"]}}, "no text"),
-    ({"extra": []}, "TypeError"), ({"data_source": ["ecg"]}, "TypeError")])
+    ({"ground_truth": 3}, "`ground_truth`: str needed"),
+    ({"extra": {"question": ["?"]}}, "`question`: list where text is needed"),
+    ({"extra": []}, "`extra`: dict needed"), ({"data_source": ["ecg"]}, "`data_source`: str needed")])
 def test_reward_training_refuses_rows_of_another_kind(change, words, answers, tmp_path, capsys):
     row = json.loads((answers / "train.jsonl").read_text().splitlines()[0])
     (answers / "train.jsonl").write_text(json.dumps(row | change) + "\n")
-    assert trained(answers, "--out", tmp_path / "out") == 2
+    assert trained("--data", answers, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert f"{answers / 'train.jsonl'}, line 1" in error and "data.prepare" in error
 
 
 def test_a_reward_model_whose_scores_are_nan_is_not_written(answers, tmp_path, monkeypatch, capsys):
     usual = torch.nn.functional.logsigmoid
     monkeypatch.setattr(torch.nn.functional, "logsigmoid", lambda x: usual(x) * torch.nan)
-    assert trained(answers, "--out", tmp_path / "out", "--max_length", 16) == 2
+    assert trained("--data", answers, "--out", tmp_path / "out", "--max_length", 16) == 2
     assert "scores are NaN, nothing is written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -761,15 +765,15 @@ def test_a_reward_model_whose_scores_are_nan_is_not_written(answers, tmp_path, m
     ("grpo_medmcqa.py", ["--lora_alpha", "0"]), ("grpo_medmcqa.py", ["--lora_r", "0"]),
     ("grpo_pubmedqa.py", ["--seed", "99999999999999999999"]),
     ("grpo_pubmedqa.py", ["--max_completion_length", "99999999999999"]),
-    ("data/prepare.py", ["--limit", "-1"]), ("rewards.py", ["--learning_rate", "inf"])])
+    ("data/prepare.py", ["--limit", "-1"]), ("sft.py", ["--learning_rate", "inf"])])
 def test_numbers_that_make_no_sense_are_refused_by_name(script, flags, tmp_path, monkeypatch, capsys):
     """Each as the sceptic gave it; tests/test_knobs.py holds the rule for all of them."""
     monkeypatch.chdir(tmp_path)
     cli = evaluation.tyro.cli
     if script == "eval.py":
         code = scored(*flags)
-    elif script == "rewards.py":
-        code = trained("nowhere", *flags)
+    elif script == "sft.py":
+        code = trained("--data", "nowhere", *flags)
     else:
         with pytest.raises(SystemExit) as end, one_line_errors():
             if script == "data/prepare.py":

@@ -387,7 +387,7 @@ def test_open_medical_questions_train(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "hub"], ["not on the hub", "--data PATH"]),
     (["--task", "medical_o1"], ["no built-in items", "--task ecg"]),
-    (["--reward_model", "nowhere"], ["--reward_model nowhere", "rewards.py train"]),
+    (["--reward_model", "nowhere"], ["--reward_model nowhere", "sft.py reward_model"]),
     (["--language_model", "no/where"], ["--language_model no/where", "--language_model ''"]),
     (["--weights", "findings", "0"], ["--weights findings 0", "at least"]),
     (["--weights", "finding", "1"], ["--weights finding", "findings, tokens"]),
@@ -409,8 +409,7 @@ def reward_model(tmp_path_factory):
     """A reward model trained for a moment on built-in items, as a user would."""
     folder = tmp_path_factory.mktemp("reward")
     assert subprocess.run([sys.executable, "-m", "data.prepare", "ecg", "builtin", "--limit", "400", "--out", str(folder / "data")], cwd=ROOT).returncode == 0
-    done = subprocess.run([sys.executable, str(ROOT / "rewards.py"), "train", str(folder / "data"), "--limit", "80", "--eval_size", "40",
-                           "--out", str(folder / "model")], capture_output=True, text=True)
+    done = command("sft.py", "reward_model", "--data", folder / "data", "--limit", 80, "--eval_size", 40, "--out", folder / "model")
     assert done.returncode == 0 and "another question's answer" in done.stdout, done.stderr
     return folder / "model"
 
@@ -420,16 +419,16 @@ def test_corruptions_are_worse_by_the_rules_too():
     generator, worse = random.Random(0), Counter()
     _, heldout, _ = ecg.load_rows("builtin", limit=400)
     for row, other in zip(heldout, heldout[1:]):
-        made = rewards.corruptions(row["ground_truth"], other["ground_truth"], generator)
+        made = sft.corruptions(row["ground_truth"], other["ground_truth"], generator)
         gold = rewards.compute_score("ecg_expert_qa", ecg.target("x", row["ground_truth"]), row["ground_truth"], row["extra"])["score"]
         for kind, text in made.items():
             score = rewards.compute_score("ecg_expert_qa", ecg.target("x", text), row["ground_truth"], row["extra"])["score"]
             worse[kind] += score < gold
             worse["of " + kind] += 1
     assert all(worse[kind] >= 0.95 * worse["of " + kind] > 50 for kind in ("another question's answer", "negated", "truncated")), worse
-    made = rewards.corruptions("No, wait 3 to 6 months, it is not urgent.", "Yes.", generator)
+    made = sft.corruptions("No, wait 3 to 6 months, it is not urgent.", "Yes.", generator)
     assert made["negated"] == "wait 3 to 6 months, it is urgent." and re.search(r"\d", made["number"]) and "number" in made
-    assert rewards.corruptions("Yes, you can.", "x", generator)["negated"] == "No, you can."
+    assert sft.corruptions("Yes, you can.", "x", generator)["negated"] == "No, you can."
 
 
 def test_a_trained_reward_model_is_loaded_normalised_and_watched(reward_model, tmp_path, capsys):
@@ -461,13 +460,14 @@ def test_climbing_the_reward_model_alone_is_warned_about_once(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [(["nowhere"], ["nowhere/train.jsonl"]), (["{empty}"], ["train.jsonl", "data.prepare"]),
-                                              (["{good}", "--base", "nowhere"], ["--base nowhere"]), (["{good}", "--num_epochs", "0"], ["--num_epochs 0", "at least 1"])])
+                                              (["{good}", "--model", "nowhere"], ["nowhere: no such model folder"]),
+                                              (["{good}", "--num_epochs", "0"], ["--num_epochs 0", "at least 1"])])
 def test_bad_input_of_reward_training_is_one_line(arguments, words, tmp_path, capsys):
     for name, rows in (("empty", "{}\n"), ("good", "".join(json.dumps(row) + "\n" for row in ecg.load_rows("builtin", limit=20)[0]))):
         (tmp_path / name).mkdir()
         for side in ("train", "heldout"):
             (tmp_path / name / f"{side}.jsonl").write_text(rows)
-    done = command("rewards.py", "train", *[a.format(empty=tmp_path / "empty", good=tmp_path / "good") for a in arguments], "--out", tmp_path / "out")
+    done = command("sft.py", "reward_model", "--data", *[a.format(empty=tmp_path / "empty", good=tmp_path / "good") for a in arguments], "--out", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert all(word in done.stderr for word in words) and not (tmp_path / "out").exists()
 

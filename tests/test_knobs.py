@@ -23,14 +23,13 @@ import eval as evaluation
 import grpo_ecg
 import grpo_medmcqa
 import grpo_pubmedqa
-import rewards
 import sft
 from data import RANGES, ecg, one_line_errors, prepare, run
 
 SMALL = "--model tiny --data builtin --limit 40 --eval_size 2 --max_completion_length 4".split()
 GRPO = [*SMALL, *"--steps 1 --prompts_per_step 2 --group_size 2 --warmup 0".split()]
 LORA = [*GRPO, *"--adapter none --similarity overlap".split()]
-PATHS = set("model models adapter data system_prompt encoder language_model reward_model base tokenizer out "
+PATHS = set("model models adapter data system_prompt encoder language_model reward_model tokenizer out "
             "attn_implementation".split())
 VALUES = ["nan", "inf", "-inf", "-1", "0", "1e30", "1" + "0" * 30, "", "folder", "file", "missing",
           "missing/path", "x" * 300]
@@ -61,8 +60,8 @@ COMMANDS = {
     "eval.py, ECG": (evaluation.Config, entry(evaluation.main, evaluation.Config), [*SMALL, "--task", "ecg"]),
     "eval.py chat": (evaluation.Chat, entry(evaluation.chat, evaluation.Chat), "--max_completion_length 4".split()),
     "eval.py merge": (evaluation.Merge, entry(evaluation.merge, evaluation.Merge), "--model tiny --out m".split()),
-    "rewards.py train": (rewards.Train, lambda arguments: rewards.main(["train", *arguments]),
-                         "rows --limit 2 --eval_size 2 --max_length 16 --out made".split()),
+    "sft.py reward_model": (sft.RewardModel, entry(sft.train_reward_model, sft.RewardModel),
+                            "--data rows --limit 2 --eval_size 2 --max_length 16 --out made".split()),
     "data.prepare": (prepare.Config, entry(prepare.main, prepare.Config),
                      "pubmedqa builtin --limit 20 --out so".split()),
 }
@@ -88,8 +87,8 @@ def arguments(command, knob, value, folder):
     """The command line of a combination; `folder`: of the test, with what VALUES names in it."""
     base = list(COMMANDS[command][2])
     value = str(folder / value) if value in ("folder", "file", "missing") else value
-    if knob == "data" and command in ("rewards.py train", "data.prepare"):  # positional
-        base[command == "data.prepare"] = value
+    if knob == "data" and command == "data.prepare":  # positional
+        base[1] = value
         return base
     if knob == "weights":
         value = ["findings", value]
@@ -169,7 +168,7 @@ def cut(monkeypatch):
         raise Reached
 
     monkeypatch.setattr(run.Run, "open", reached)
-    monkeypatch.setattr(rewards, "pairs_of", reached)
+    monkeypatch.setattr(sft, "pairs_of", reached)
 
 
 def count_outcomes(chosen, tmp_path, monkeypatch):
@@ -205,14 +204,14 @@ OR_ZERO = {
     sft.Config: {"lora_r"},
     evaluation.Config: {"temperature", "eval_size"},
     evaluation.Chat: {"temperature"},
-    rewards.Train: {"lora_r"},
+    sft.RewardModel: {"lora_r"},
 }
 CHECKS = {
     evaluation.Config: evaluation.main,
     evaluation.Chat: evaluation.chat,
     prepare.Config: prepare.main,
     sft.Config: sft.main,
-    rewards.Train: rewards.train_reward_model,
+    sft.RewardModel: sft.train_reward_model,
     grpo_pubmedqa.Config: grpo_pubmedqa.main,
     grpo_medmcqa.Config: grpo_medmcqa.main,
     grpo_ecg.Config: grpo_ecg.main,
@@ -231,15 +230,12 @@ def test_every_number_among_the_knobs_has_a_stated_range():
             assert default is MISSING or least <= default <= most or zero and default == 0, (config, name)
             used.add(name)
     assert used == set(RANGES)
-    for name, (least, most) in rewards.TRAIN_RANGES.items():  # rewards.py imports nothing of the project
-        assert (0 if name == "lora_r" else RANGES[name][0], RANGES[name][1]) == (least, most)
-    assert set(rewards.TRAIN_RANGES) == set(numbers(rewards.Train))
 
 
 @pytest.mark.parametrize("config", CHECKS, ids=lambda config: f"{config.__module__}.{config.__name__}")
 def test_a_number_outside_of_its_range_is_refused_by_name_before_anything_else(config, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "Run", None)  # what comes right after the checks
-    needed = {prepare.Config: {"task": "pubmedqa"}, rewards.Train: {"data": "nowhere"}}.get(config, {})
+    needed = {prepare.Config: {"task": "pubmedqa"}, sft.RewardModel: {"data": "nowhere"}}.get(config, {})
     for name in numbers(config):
         least, most = RANGES[name]
         zero = name in OR_ZERO.get(config, ())

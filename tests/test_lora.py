@@ -353,8 +353,8 @@ def test_an_adapter_on_an_adapter_is_no_head(adapter_folder, tmp_path, capsys):
 
 
 def test_a_reward_model_does_not_start_from_an_adapter(adapter_folder, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        rewards.train_reward_model(rewards.Train(data="x", base=str(adapter_folder), out=str(tmp_path / "r")))
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        sft.train_reward_model(sft.RewardModel(data="x", model=str(adapter_folder), out=str(tmp_path / "r")))
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "is an adapter folder" in error
 

@@ -15,7 +15,6 @@ import grpo_ecg
 import grpo_medmcqa
 import grpo_pubmedqa
 import real_models
-import rewards
 import sft
 from conftest import ROOT
 from data import prepare
@@ -26,7 +25,7 @@ PROSE = [README, *((ROOT / folder / "README.md").read_text(encoding="utf-8") for
 SHELL = [block for text in PROSE for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)]
 CONFIGS = {("grpo_pubmedqa.py",): grpo_pubmedqa.Config, ("grpo_medmcqa.py",): grpo_medmcqa.Config, ("grpo_ecg.py",): grpo_ecg.Config,
            ("sft.py",): sft.Config, ("eval.py",): evaluation.Config, ("eval.py", "chat"): evaluation.Chat, ("eval.py", "merge"): evaluation.Merge,
-           ("rewards.py", "train"): rewards.Train, ("-m", "data.prepare"): prepare.Config,
+           ("sft.py", "reward_model"): sft.RewardModel, ("-m", "data.prepare"): prepare.Config,
            ("tests/real_models.py",): real_models.Config}
 FOREIGN = ("python3", "pip", "accelerate", "vllm", "lm_eval", "hf", "torchrun", "ruff")
 
@@ -54,8 +53,7 @@ def test_there_are_commands():
 def test_every_command_names_a_script_and_flags_that_exist(arguments, capsys):
     key = next((key for key in sorted(CONFIGS, key=len, reverse=True) if tuple(arguments[:len(key)]) == key), None)
     if key and "--help" not in arguments:
-        style = (tyro.conf.PositionalRequiredArgs,) if key[0] == "rewards.py" else ()
-        tyro.cli(CONFIGS[key], args=arguments[len(key):], use_underscores=True, config=style)  # exits on an unknown flag or value
+        tyro.cli(CONFIGS[key], args=arguments[len(key):], use_underscores=True)  # exits on an unknown flag or value
     elif arguments[0] == "-m" and not arguments[1].startswith("data."):
         assert arguments[1] in ("pytest", "venv", "verl.trainer.main_ppo")
     elif not key:

@@ -488,7 +488,7 @@ def test_nobody_writes_into_the_folder_of_a_stopped_run(stopped, tmp_path, capsy
         (tmp_path / "rows" / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def train():
-        rewards.train_reward_model(rewards.Train(data=str(tmp_path / "rows"), out=str(folder)))
+        sft.train_reward_model(sft.RewardModel(data=str(tmp_path / "rows"), out=str(folder)))
 
     def merge():
         evaluation.merge(evaluation.Merge(model="tiny", out=str(folder)))
