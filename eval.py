@@ -61,8 +61,19 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewards
-from data import (TINY, InputError, check_knobs, check_out, described, hub_message, load_task,
-                  one_line_errors, out_of_memory, printable, write_whole)
+from data import (
+    TINY,
+    InputError,
+    check_knobs,
+    check_out,
+    described,
+    hub_message,
+    load_task,
+    one_line_errors,
+    out_of_memory,
+    printable,
+    write_whole,
+)
 from data.prepare import TASKS
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")

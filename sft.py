@@ -127,7 +127,8 @@ def batches(pairs, size, seed, epoch):
 
 def steps_an_epoch(pairs, config):
     """Optimiser steps of an epoch."""
-    return math.ceil(len(batches(pairs, config.batch_size, config.seed, 0)) / config.gradient_accumulation_steps)
+    return math.ceil(len(batches(pairs, config.batch_size, config.seed,
+                                 0)) / config.gradient_accumulation_steps)
 
 
 def completion_nll(model, batch, compute):

@@ -15,8 +15,17 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, question_hash, read_records,
-                  read_sides, text_field)
+from data import (
+    InputError,
+    is_prepared,
+    keep_sides,
+    normalized,
+    prepared_row,
+    question_hash,
+    read_records,
+    read_sides,
+    text_field,
+)
 
 BASE_MODEL = "meta-llama/Llama-3.2-3B-Instruct"  # that its scripts train with a GPU
 SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
@@ -100,8 +109,8 @@ def load_rows(data="builtin", *, question_field="", answer_field="", system_prom
     rows = rows[:limit or None]
     shares = [question_hash(row["extra"].get("disease") or row["extra"]["question"], SPLIT_SEED)
               for row in rows]
-    heldout = [row for _, _,
-               row in sorted((share, i, row) for i, (share, row) in enumerate(zip(shares, rows))
+    heldout = [row
+               for _, _, row in sorted((share, i, row) for i, (share, row) in enumerate(zip(shares, rows))
                              if share < 0.5)]
     questions = {normalized(row["extra"]["question"]) for row in heldout}
     train = [row for row, share in zip(rows, shares) if share >= 0.5
@@ -240,8 +249,8 @@ def ecg_reading(e, careful=True):
               {"": "", "depression": "ST depression"}.get(st, f"{st} ST elevation")),
              ("T", {"": "usual", "inverted": "lower", "peaked": "higher"}[t],
               {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[t])]
-    return "\n".join(f"{what}: {verdict}" for what, verdict,
-                     _ in lines), [finding for *_, finding in lines if finding]
+    return "\n".join(f"{what}: {verdict}"
+                     for what, verdict, _ in lines), [finding for *_, finding in lines if finding]
 
 
 def builtin_rows(n, system_prompt="", seed=0):

@@ -10,8 +10,18 @@ Chen et al. 2024, "HuatuoGPT-o1, Towards Medical Complex Reasoning with LLMs", a
 """
 from collections import Counter
 
-from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, read_hub, read_records,
-                  read_sides, split_by_question, text_field)
+from data import (
+    InputError,
+    is_prepared,
+    keep_sides,
+    normalized,
+    prepared_row,
+    read_hub,
+    read_records,
+    read_sides,
+    split_by_question,
+    text_field,
+)
 from data.ecg import target
 
 HUB = "FreedomIntelligence/medical-o1-reasoning-SFT:en"

@@ -14,8 +14,18 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, read_hub, read_records,
-                  read_sides, split_by_question, text_field)
+from data import (
+    InputError,
+    is_prepared,
+    keep_sides,
+    normalized,
+    prepared_row,
+    read_hub,
+    read_records,
+    read_sides,
+    split_by_question,
+    text_field,
+)
 
 HUB = "openlifescienceai/medmcqa"
 BASE_MODEL = "Qwen/Qwen3-4B-Base"  # that its scripts train with a GPU

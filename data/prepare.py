@@ -24,8 +24,20 @@ import tyro
 from transformers import AutoTokenizer
 from tyro.conf import Positional
 
-from data import (TINY, InputError, check_knobs, check_out, ecg, hub_message, load_task, medical_o1, medmcqa,
-                  one_line_errors, pubmedqa, synced)
+from data import (
+    TINY,
+    InputError,
+    check_knobs,
+    check_out,
+    ecg,
+    hub_message,
+    load_task,
+    medical_o1,
+    medmcqa,
+    one_line_errors,
+    pubmedqa,
+    synced,
+)
 
 TASKS = {"pubmedqa": pubmedqa, "medmcqa": medmcqa, "ecg": ecg, "medical_o1": medical_o1}
 OWN = ("train.jsonl", "heldout.jsonl", "train.parquet", "val.parquet")  # what this command writes
@@ -159,8 +171,8 @@ def main(config):
         print(f"{folder}: replaced what was there ({', '.join(replaced)})")
     for side, rows in (("train", train), ("heldout", heldout)):
         classes = Counter(row["ground_truth"] for row in rows)
-        balance = ", ".join(f"{label} {count} ({count / len(rows):.1%})" for label,
-                            count in classes.most_common())
+        balance = ", ".join(f"{label} {count} ({count / len(rows):.1%})"
+                            for label, count in classes.most_common())
         balance = balance if len(classes) < 10 else "free-text answers"
         lengths = sorted(len(tokenizer("\n".join(m["content"] for m in row["prompt"])).input_ids)
                          for row in rows) or [0]

@@ -18,8 +18,19 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import (InputError, is_prepared, keep_sides, normalized, prepared_row, question_hash, read_hub,
-                  read_records, read_sides, split_by_question, text_field)
+from data import (
+    InputError,
+    is_prepared,
+    keep_sides,
+    normalized,
+    prepared_row,
+    question_hash,
+    read_hub,
+    read_records,
+    read_sides,
+    split_by_question,
+    text_field,
+)
 
 HUB = "qiaojin/PubMedQA:pqa_labeled"
 BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"  # that its scripts train with a GPU

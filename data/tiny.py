@@ -19,8 +19,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
-                          get_cosine_schedule_with_warmup)
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_cosine_schedule_with_warmup,
+)
 
 from data import InputError, check_knobs, medmcqa, one_line_errors, pubmedqa, question_hash
 
@@ -122,8 +126,8 @@ def main(out, steps, batch_size, learning_rate, hidden, layers, seed):
     streams = {"trials": (pubmedqa_demonstrations(seed), batch_size),
                "guesses": (guess_demonstrations(seed), batch_size),
                "facts": (textbook_demonstrations(seed), 4 * batch_size)}
-    corpus = [text for stream, _ in streams.values() for _ in range(4000) for messages,
-              completion in [next(stream)]
+    corpus = [text for stream, _ in streams.values() for _ in range(4000)
+              for messages, completion in [next(stream)]
               for text in (*(message["content"] for message in messages), completion)]
     tokenizer = make_tokenizer(corpus + ["user\n", "assistant\n", "system\n"] * 100)
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,

@@ -538,8 +538,8 @@ def learning_trl(arguments, seed, steps):
     curve, clock, scored = [], {"spent": 0.0}, []
 
     def reward(completions, ground_truth, **_):
-        scores = [evaluation.rewards.compute_score("pubmedqa", c[0]["content"], truth) for c,
-                  truth in zip(completions, ground_truth)]
+        scores = [evaluation.rewards.compute_score("pubmedqa", c[0]["content"], truth)
+                  for c, truth in zip(completions, ground_truth)]
         scored[:] = scores
         return [score["score"] for score in scores]
 

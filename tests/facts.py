@@ -3,9 +3,9 @@
     python tests/facts.py            of this one
     python tests/facts.py FOLDER     of another, such as a clone of an older commit
 
-Lines, bytes and the longest line of each file; what a script takes from eval.py and the run folder, its knobs; how
-the three scripts differ outside of their fence; and how many functions of ours one training step calls, counted on
-a tiny run.
+Lines, bytes and the longest line of each file; what a script takes from eval.py and the run folder, its
+knobs; how the three scripts differ outside of their fence; and how many functions of ours one training step
+calls, counted on a tiny run.
 """
 import ast
 import difflib
@@ -35,9 +35,9 @@ def watch(frame, event, argument):
         called.add((code.co_filename, code.co_name))
 
 sys.setprofile(watch)
-script.main(script.parse(["--steps", "3", "--prompts_per_step", "2", "--group_size", "2", "--eval_size", "2",
-                          "--eval_every", "0", "--save_every", "0", "--max_completion_length", "8", "--model", "tiny",
-                          "--data", "builtin", "--limit", "40", "--ref_every", "3", "--out", {out!r}]))
+flags = "--steps 3 --prompts_per_step 2 --group_size 2 --eval_size 2 --eval_every 0 --save_every 0"
+flags += " --max_completion_length 8 --model tiny --data builtin --limit 40 --ref_every 3 --out"
+script.main(script.parse([*flags.split(), {out!r}]))
 sys.setprofile(None)
 print(len(called))
 """
@@ -68,15 +68,17 @@ def main(folder):
         tree = ast.parse(text)
         [config] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
         knobs = sum(isinstance(node, ast.AnnAssign) for node in config.body)
-        print(f"{script}: {len(names_of(tree, 'evaluation'))} names of evaluation, {len(names_of(tree, 'run'))} of "
-              f"run; {knobs} knobs; {len(text.splitlines()) - len(outside(text))} lines in the fence")
+        print(f"{script}: {len(names_of(tree, 'evaluation'))} names of evaluation, "
+              f"{len(names_of(tree, 'run'))} of run; {knobs} knobs; "
+              f"{len(text.splitlines()) - len(outside(text))} lines in the fence")
     for one, two in itertools.combinations(SCRIPTS, 2):
         different = [line for line in difflib.unified_diff(outside(texts[one]), outside(texts[two]), n=0)
                      if line[0] in "+-" and not line.startswith(("+++", "---"))]
         print(f"{one} and {two}: {len(different)} lines differ outside of the fence")
     out = folder / "runs" / f"facts-{os.getpid()}"
     code = STEP.format(folder=str(folder), out=str(out))
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+                          check=True)
     print(f"functions of ours behind one step of grpo_pubmedqa: {done.stdout.splitlines()[-1]}")
 
 

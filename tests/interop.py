@@ -17,8 +17,8 @@ rounding.
 """
 import argparse
 import importlib.metadata
-import itertools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -188,8 +188,8 @@ def verl(arguments, folder):
         others = {key: value for key, value in collate_fn(items).items()
                   if not isinstance(value, torch.Tensor)}
         batch = DataProto.from_dict(tensors, non_tensors=others)
-        ours = [rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"]) for row,
-                text in zip(rows, texts)]
+        ours = [rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])
+                for row, text in zip(rows, texts)]
         scores = [one["score"] for one in ours]
         assert len(set(scores)) > 3
 
@@ -220,8 +220,8 @@ def verl(arguments, folder):
                 {key: result.non_tensor_batch[key] for key in result.meta_info["reward_extra_keys"]})
         metrics = process_validation_metrics([row["data_source"] for row in rows],
                                              [row["id"] for row in rows],
-                                             {key: list(values) for key,
-                                              values in result.non_tensor_batch.items()})
+                                             {key: list(values)
+                                              for key, values in result.non_tensor_batch.items()})
         [logged] = metrics.values()
         check(f"{task}, verl's validation metric", len(rows),
               abs(logged["accuracy"]["mean@1"] - numpy.mean([one["accuracy"] for one in ours])), 1e-6)
@@ -436,8 +436,8 @@ def negation(arguments, folder):
     phrases = {phrase.strip(): name for name, text in rewards.FINDINGS.items() for phrase in text.split(";")}
     nlp = medspacy.load(medspacy_enable=["medspacy_target_matcher", "medspacy_context"])
     nlp.add_pipe("sentencizer", first=True)
-    nlp.get_pipe("medspacy_target_matcher").add([TargetRule(phrase, name) for phrase,
-                                                 name in phrases.items()])
+    nlp.get_pipe("medspacy_target_matcher").add([TargetRule(phrase, name)
+                                                 for phrase, name in phrases.items()])
     texts = {row["ground_truth"] for row in real_rows("all", os.environ["GRPO_TEST_DATA"])}
     sentences = sorted({sentence.strip() for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text)})
     counts, examples = {}, {}

@@ -296,9 +296,8 @@ def test_gradient_of_the_shared_prompt_is_the_padded_loops(family, family_folder
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     config = replace(CONFIG, beta=0.0, loss_type="dapo", temperature=0.9, max_completion_length=9)
     groups = []
-    for i, (prompt,
-            lengths) in enumerate(zip(random_prompts(tokenizer, PROMPT_LENGTHS),
-                                      ([9, 4, 1, 9], [3, 3, 3, 3], [1, 9, 2, 5]))):
+    all_lengths = ([9, 4, 1, 9], [3, 3, 3, 3], [1, 9, 2, 5])
+    for i, (prompt, lengths) in enumerate(zip(random_prompts(tokenizer, PROMPT_LENGTHS), all_lengths)):
         rows = random_prompts(tokenizer, lengths, seed=i)
         mask = torch.tensor([[True] * len(row) + [False] * (9 - len(row)) for row in rows])
         groups.append({"prompt_ids": torch.tensor(prompt),
@@ -624,5 +623,6 @@ def test_the_benchmark_and_its_gpu_command_run(tmp_path, capsys):
     bench.gpu(argparse.Namespace(rounds=1, out=str(tmp_path / "gpu.json")))
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert {(r["model"], r["cap_gb"], r["loop"])
-            for r in results} == {(m, c, l) for m in bench.REAL for c in (16, 24) for l in ("ours", "padded")}
+            for r in results} == {(model, cap, loop) for model in bench.REAL
+                                 for cap in (16, 24) for loop in ("ours", "padded")}
     assert "tiny shapes" in capsys.readouterr().out

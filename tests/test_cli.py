@@ -21,26 +21,30 @@ import numpy
 import pytest
 import torch
 import transformers
+from conftest import ROOT, save_family
 from safetensors.torch import load_file
+from test_data import SINGLE
 
 import eval as evaluation
 import grpo_ecg
 import grpo_medmcqa
 import grpo_pubmedqa as grpo
 import sft
-from conftest import ROOT, save_family
 from data import ecg, one_line_errors, prepare, printable
-from test_data import SINGLE
 
-QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6", "--max_completion_length", "24", "--limit", "200"]
-CONTRACT = ["config.json", "metrics.jsonl", "samples.jsonl", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "curves.png", "checkpoint", "model"]
-METRICS = ("step reward reward_correctness reward_format reward_std zero_std_groups accuracy kl clip_fraction entropy completion_length "
-           "truncated grad_norm learning_rate num_tokens generate_seconds update_seconds peak_memory_gb").split()
+QUICK = ["--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6",
+         "--max_completion_length", "24", "--limit", "200"]
+CONTRACT = ["config.json", "metrics.jsonl", "samples.jsonl", "eval_before.jsonl", "eval_after.jsonl",
+            "summary.json", "curves.png", "checkpoint", "model"]
+METRICS = ("step reward reward_correctness reward_format reward_std zero_std_groups accuracy kl "
+           "clip_fraction entropy completion_length truncated grad_norm learning_rate num_tokens "
+           "generate_seconds update_seconds peak_memory_gb").split()
 
 
 def command(*arguments, env=None, **options):
     """A script as a subprocess, from an empty folder, so that nothing hangs on where it is started."""
-    return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])], capture_output=True, text=True,
+    return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])],
+                          capture_output=True, text=True,
                           env={**os.environ, **(env or {})}, timeout=300, **options)
 
 
@@ -70,7 +74,8 @@ def metrics(folder):
 
 
 def same_but_for_clocks(records):
-    return [{k: v for k, v in r.items() if not k.endswith("_seconds") and k != "peak_memory_gb"} for r in records]
+    return [{k: v for k, v in r.items() if not k.endswith("_seconds") and k != "peak_memory_gb"}
+            for r in records]
 
 
 def test_a_run_as_a_user_would_run_it(tmp_path):
@@ -79,7 +84,8 @@ def test_a_run_as_a_user_would_run_it(tmp_path):
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert "tiny" in lines[0]  # announced in the first line
-    assert any(line.startswith("data: builtin") for line in lines) and any(line.startswith("model: tiny") for line in lines)
+    assert any(line.startswith("data: builtin") for line in lines)
+    assert any(line.startswith("model: tiny") for line in lines)
     assert any(line.startswith("before: accuracy") for line in lines) and "McNemar" in done.stdout
     [folder] = (tmp_path / "runs").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == sorted(CONTRACT)
@@ -89,21 +95,29 @@ def test_a_run_as_a_user_would_run_it(tmp_path):
     assert all(torch.tensor(float(value)).isfinite() for record in records for value in record.values())
     summary = json.loads((folder / "summary.json").read_text())
     for side in ("before", "after"):
-        assert {"accuracy", "accuracy_ci95", "n", "majority_accuracy", "macro_f1", "format_rate", "mean_length"} <= set(summary[side])
-    assert summary["before"]["n"] == 6 and {"p_value", "better"} <= set(summary["paired"]) and {"seconds", "seed", "versions"} <= set(summary)
-    before, after = ([json.loads(line)["id"] for line in (folder / f"eval_{side}.jsonl").read_text().splitlines()] for side in ("before", "after"))
+        assert {"accuracy", "accuracy_ci95", "n", "majority_accuracy", "macro_f1", "format_rate",
+                "mean_length"} <= set(summary[side])
+    assert summary["before"]["n"] == 6 and {"p_value", "better"} <= set(summary["paired"])
+    assert {"seconds", "seed", "versions"} <= set(summary)
+    before, after = ([json.loads(line)["id"]
+                      for line in (folder / f"eval_{side}.jsonl").read_text().splitlines()]
+                     for side in ("before", "after"))
     assert before == after and len(before) == 6
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
-    assert len(sample["completions"]) == len(sample["rewards"]) == 3 and sample["prompt"][0]["role"] == "system"
-    scored = command("eval.py", "--model", folder / "model", "--eval_size", 8, "--samples", 2, "--out", tmp_path / "e")
+    assert len(sample["completions"]) == len(sample["rewards"]) == 3
+    assert sample["prompt"][0]["role"] == "system"
+    scored = command("eval.py", "--model", folder / "model", "--eval_size", 8, "--samples", 2, "--out",
+                     tmp_path / "e")
     assert scored.returncode == 0, scored.stderr  # what was saved loads and scores
     assert {"accuracy", "pass_at_1"} <= set(json.loads((tmp_path / "e" / "summary.json").read_text()))
     assert len((tmp_path / "e" / "eval.jsonl").read_text().splitlines()) == 8
     again = command("eval.py", "--model", "tiny", "--out", folder)  # would overwrite the summary of the run
-    assert again.returncode == 2 and "holds another result" in again.stderr and summary == json.loads((folder / "summary.json").read_text())
+    assert again.returncode == 2 and "holds another result" in again.stderr
+    assert summary == json.loads((folder / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("script, config", [("grpo_pubmedqa.py", grpo.Config), ("eval.py", evaluation.Config)])
+@pytest.mark.parametrize("script, config",
+                         [("grpo_pubmedqa.py", grpo.Config), ("eval.py", evaluation.Config)])
 def test_help_lists_every_knob_with_its_meaning(script, config):
     text = command(script, "--help").stdout
     source = (ROOT / script).read_text()
@@ -115,31 +129,39 @@ def test_help_lists_every_knob_with_its_meaning(script, config):
 
 @pytest.mark.parametrize("file", ["pubmedqa_yesno.json", "pubmedqa_ori_pqal_500.json"])
 def test_real_abstracts(file, real_data, tmp_path):
-    assert in_process(*QUICK, "--limit", 0, "--model", "tiny", "--data", real_data / file, "--out", tmp_path / "run") == 0
+    assert in_process(*QUICK, "--limit", 0, "--model", "tiny", "--data", real_data / file, "--out",
+                      tmp_path / "run") == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(CONTRACT)
 
 
 def test_a_hub_like_model_folder_with_a_real_vocabulary(tmp_path):
     save_family("qwen2", tmp_path / "model", vocab_size=151_936)
-    assert in_process(*QUICK, "--model", tmp_path / "model", "--data", "builtin", "--out", tmp_path / "run", "--beta", 0.1) == 0
+    assert in_process(*QUICK, "--model", tmp_path / "model", "--data", "builtin", "--out", tmp_path / "run",
+                      "--beta", 0.1) == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(CONTRACT)
-    assert load_file(tmp_path / "run" / "model" / "model.safetensors")["model.embed_tokens.weight"].shape[0] == 151_936
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors")["model.embed_tokens.weight"].shape[
+        0] == 151_936
 
 
 def test_every_family_trains(family, family_folder, tmp_path):
-    assert in_process(*QUICK, "--model", family_folder(family), "--data", "builtin", "--out", tmp_path / "run", "--learning_rate", 1e-2) == 0
+    assert in_process(*QUICK, "--model", family_folder(family), "--data", "builtin", "--out",
+                      tmp_path / "run", "--learning_rate", 1e-2) == 0
 
 
 def test_a_step_moves_every_parameter_and_clips_from_the_second_epoch_on(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    flags = ["--model", "tiny", "--data", "builtin", "--steps", 4, "--prompts_per_step", 4, "--group_size", 4, "--eval_size", 4,
+    flags = ["--model", "tiny", "--data", "builtin", "--steps", 4, "--prompts_per_step", 4, "--group_size", 4,
+             "--eval_size", 4,
              "--learning_rate", 3e-3, "--warmup", 0, "--ref_every", 2]
     assert in_process(*flags, "--out", one) == 0
-    before, after = load_file(ROOT / "data" / "tiny" / "model.safetensors"), load_file(one / "model" / "model.safetensors")
-    assert before.keys() == after.keys() and all((before[name].float() != after[name]).any() for name in before)
+    before, after = (load_file(ROOT / "data" / "tiny" / "model.safetensors"),
+                     load_file(one / "model" / "model.safetensors"))
+    assert before.keys() == after.keys()
+    assert all((before[name].float() != after[name]).any() for name in before)
     records = metrics(one)
     assert all(record["clip_fraction"] == 0 for record in records)  # mu 1: the ratio is 1
-    assert [record["kl"] > 1e-6 for record in records] == [False, True, False, True]  # renewed before steps 1 and 3
+    # renewed before steps 1 and 3
+    assert [record["kl"] > 1e-6 for record in records] == [False, True, False, True]
     assert records[0]["kl"] == records[2]["kl"] == 0
     assert all(record["sampler_gap"] < 1e-5 for record in records)
     assert in_process(*flags, "--out", two, "--mu", 2) == 0
@@ -147,21 +169,27 @@ def test_a_step_moves_every_parameter_and_clips_from_the_second_epoch_on(tmp_pat
 
 
 def test_all_the_knobs_of_the_loss_run(tmp_path):
-    for i, flags in enumerate((["--loss_type", "dapo", "--epsilon_high", 0.28, "--beta", 0, "--mask_truncated", "--resample_zero_std", 2],
-                               ["--loss_type", "dr_grpo", "--scale_rewards", "none", "--importance_level", "sequence", "--mu", 2],
-                               ["--dtype", "bf16", "--importance_cap", 2, "--scale_rewards", "batch", "--completions_per_forward", 2],
+    for i, flags in enumerate((["--loss_type", "dapo", "--epsilon_high", 0.28, "--beta", 0,
+                                "--mask_truncated", "--resample_zero_std", 2],
+                               ["--loss_type", "dr_grpo", "--scale_rewards", "none", "--importance_level",
+                                "sequence", "--mu", 2],
+                               ["--dtype", "bf16", "--importance_cap", 2, "--scale_rewards", "batch",
+                                "--completions_per_forward", 2],
                                ["--dtype", "fp16"])):
-        assert in_process(*QUICK, "--model", "tiny", "--data", "builtin", "--out", tmp_path / str(i), *flags) == 0
+        assert in_process(*QUICK, "--model", "tiny", "--data", "builtin", "--out", tmp_path / str(i),
+                          *flags) == 0
     resampled = metrics(tmp_path / "0")
     assert all(record["extra_batches"] <= 2 for record in resampled)
 
 
 def test_wandb_offline_leaves_a_run_folder(tmp_path):
-    assert in_process(*QUICK, "--model", "tiny", "--data", "builtin", "--out", tmp_path / "run", "--wandb", "offline") == 0
+    assert in_process(*QUICK, "--model", "tiny", "--data", "builtin", "--out", tmp_path / "run", "--wandb",
+                      "offline") == 0
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -216,8 +244,10 @@ def test_unknown_flag_and_no_traceback_in_a_real_process(tmp_path):
 
 @pytest.mark.parametrize("script", ["grpo_pubmedqa.py", "eval.py"])
 def test_help_into_a_pipe_that_closes(script):
-    done = subprocess.run(f"{sys.executable} {ROOT / script} --help | head -1; echo ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash", capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141") and done.stdout.startswith("usage")
+    done = subprocess.run(f"{sys.executable} {ROOT / script} --help | head -1; echo ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141")
+    assert done.stdout.startswith("usage")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -226,21 +256,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(403)
         self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("X-Error-Message", "Access to model meta/llama is restricted and you are not in the authorized list.")
+        self.send_header("X-Error-Message", "Access to model meta/llama is restricted and you are not in the "
+                                            "authorized list.")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_GET  # noqa: N815  (names of http.server)
 
     def log_message(self, *_):
         pass
 
 
-@pytest.mark.parametrize("flags", [["--model", "meta/llama", "--data", "builtin"], ["--model", "tiny", "--data", "hub:meta/rows"]])
+@pytest.mark.parametrize("flags",
+                         [["--model", "meta/llama", "--data", "builtin"],
+                          ["--model", "tiny", "--data", "hub:meta/rows"]])
 def test_a_gated_repository_says_to_log_in(flags, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+           "HF_HOME": str(tmp_path / "cache")}
     done = command("grpo_pubmedqa.py", *QUICK, *flags, env=env, cwd=tmp_path)
     server.shutdown()
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
@@ -248,11 +282,14 @@ def test_a_gated_repository_says_to_log_in(flags, tmp_path):
 
 
 @pytest.mark.slow  # the hub client tries again for up to a minute before it gives up
-@pytest.mark.parametrize("flags", [["--model", "meta/llama", "--data", "builtin"], ["--model", "tiny", "--data", "hub"]])
+@pytest.mark.parametrize("flags",
+                         [["--model", "meta/llama", "--data", "builtin"],
+                          ["--model", "tiny", "--data", "hub"]])
 def test_an_unreachable_hub_says_how_to_run_without(flags, tmp_path):
     env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     done = command("grpo_pubmedqa.py", *QUICK, *flags, env=env, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.count(
+        "error:") == 1 and "Traceback" not in done.stderr, done.stderr
     assert ("--model tiny" if "meta/llama" in flags else "--data builtin") in done.stderr
 
 
@@ -263,10 +300,13 @@ def test_4bit_without_bitsandbytes_is_a_sentence(tmp_path, capsys, monkeypatch):
     assert end.value.code == 2 and "pip install bitsandbytes" in capsys.readouterr().err
 
 
-# --- the folder of a run, kill and resume -------------------------------------------------------------------------------
+# --- the folder of a run, kill and resume
+# -------------------------------------------------------------------------------
 
-LONGER = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size", "4", "--eval_size", "6",
-          "--max_completion_length", "40", "--save_every", "2", "--eval_every", "3", "--ref_every", "3", "--limit", "200"]
+LONGER = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size",
+          "4", "--eval_size", "6",
+          "--max_completion_length", "40", "--save_every", "2", "--eval_every", "3", "--ref_every", "3",
+          "--limit", "200"]
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +327,8 @@ def check_same_run(folder, other):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_killed_and_resumed_is_the_same_run_bit_by_bit(number, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(ROOT / "grpo_pubmedqa.py"), *LONGER, "--out", str(folder)],
+    process = subprocess.Popen([sys.executable, str(ROOT / "grpo_pubmedqa.py"), *LONGER, "--out",
+                                str(folder)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 3):
         time.sleep(0.02)
@@ -319,19 +360,23 @@ def test_resume_without_a_checkpoint_starts_fresh(uninterrupted, tmp_path):
     check_same_run(tmp_path / "run", uninterrupted)
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------------
+# --- evaluation
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_against_known_values():
-    low, high = evaluation.wilson_interval(8, 10)  # statsmodels.stats.proportion.proportion_confint(8, 10, method="wilson")
+    # statsmodels.stats.proportion.proportion_confint(8, 10, method="wilson")
+    low, high = evaluation.wilson_interval(8, 10)
     assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
     assert evaluation.wilson_interval(0, 20)[0] == 0 and evaluation.wilson_interval(20, 20)[1] == 1
     # discordant pairs 2 and 9: scipy.stats.binomtest(2, 11).pvalue
     before, after = [1] * 2 + [0] * 9 + [1] * 5, [0] * 2 + [1] * 9 + [1] * 5
-    assert evaluation.mcnemar(before, after) == {"only_before": 2, "only_after": 9, "p_value": pytest.approx(0.0654297, abs=1e-6)}
+    assert evaluation.mcnemar(before, after) == {"only_before": 2, "only_after": 9,
+                                                 "p_value": pytest.approx(0.0654297, abs=1e-6)}
     assert evaluation.mcnemar([1, 0], [1, 0])["p_value"] == 1
     # by hand: yes has precision 2/3 and recall 1, so F1 0.8; no has neither
-    assert evaluation.macro_f1(["yes", "yes", "no", "no"], ["yes", "yes", "yes", ""]) == pytest.approx((0.8 + 0) / 2)
+    assert evaluation.macro_f1(["yes", "yes", "no", "no"],
+                               ["yes", "yes", "yes", ""]) == pytest.approx((0.8 + 0) / 2)
 
 
 def test_mcnemar_is_exact_and_sums_no_big_integers(monkeypatch):
@@ -480,9 +525,11 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_scoring(monkeypatch
 def test_evaluation_does_not_hang_on_batches_and_answers_only_generated_text():
     model, tokenizer, compute = evaluation.load_model("tiny")
     rows = evaluation.encode_rows(tokenizer, grpo.pubmedqa.load_rows()[1][:12], 2048, "held-out")
-    one, two = (evaluation.evaluate(model, tokenizer, rows, compute, max_completion_length=48, batch_size=size) for size in (1, 12))
+    one, two = (evaluation.evaluate(model, tokenizer, rows, compute, max_completion_length=48,
+                                    batch_size=size) for size in (1, 12))
     assert one == two
-    assert all("Abstract:" not in record["completion"] and "<|im_end|>" not in record["completion"] for record in one)
+    assert all("Abstract:" not in record["completion"] and "<|im_end|>" not in record["completion"]
+               for record in one)
     assert [record["id"] for record in one] == [row["id"] for row, _ in rows]
 
 
@@ -495,7 +542,8 @@ def test_templates_that_refuse_a_system_role_and_models_without_a_template(famil
     (folder / "chat_template.jinja").unlink()
     model, plain, _ = evaluation.load_model(str(folder))
     assert "no chat template" in capsys.readouterr().out
-    assert plain.decode(evaluation.encode_prompt(plain, messages)).endswith("Be brief.\n\nUser: Why?\n\nAssistant: ")
+    assert plain.decode(evaluation.encode_prompt(plain, messages)).endswith("Be brief.\n\nUser: "
+                                                                            "Why?\n\nAssistant: ")
     assert evaluation.stop_ids(model, plain)
 
 
@@ -509,9 +557,12 @@ def test_stop_ids_hold_the_templates_end_of_turn(family, family_folder):
 
 
 def test_prompts_do_not_hang_on_the_day_or_think(family_folder):
-    for family, inside, outside in (("llama", "26 Jul 2024", None), ("qwen3", "<think>\n\n</think>", None), ("qwen2", "<|im_start|>user", "Alibaba")):
+    for family, inside, outside in (("llama", "26 Jul 2024", None), ("qwen3", "<think>\n\n</think>", None),
+                                    ("qwen2", "<|im_start|>user", "Alibaba")):
         tokenizer = evaluation.load_model(family_folder(family))[1]
-        text = tokenizer.decode(evaluation.encode_prompt(tokenizer, [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]))
+        text = tokenizer.decode(evaluation.encode_prompt(tokenizer,
+                                                         [{"role": "system", "content": "S"},
+                                                          {"role": "user", "content": "U"}]))
         assert inside in text and (not outside or outside not in text)
 
 

@@ -7,10 +7,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from data import (InputError, check_row, ecg, medical_o1, medmcqa, one_line_errors, prepare, pubmedqa,
-                  read_records)
 from interop import MEDICAL_O1
+
+from data import (
+    InputError,
+    check_row,
+    ecg,
+    medical_o1,
+    medmcqa,
+    one_line_errors,
+    prepare,
+    pubmedqa,
+    read_records,
+)
 
 SINGLE = [{"question": f"Does {i} help?", "context": f"It did {i}.", "ground_truth": "yes" if i % 3 else "no"}
           for i in range(40)]
@@ -21,8 +30,8 @@ OFFICIAL = {str(1000 + i): {"QUESTION": r["question"], "CONTEXTS": [r["context"]
             for i, r in enumerate(SINGLE)}
 HUB = [{"pubid": 1000 + i, "question": r["question"],
         "context": {"contexts": [r["context"], "More."], "labels": ["A"], "meshes": []},
-        "long_answer": "Because.", "final_decision": r["ground_truth"] if i else "maybe"} for i,
-       r in enumerate(SINGLE)]
+        "long_answer": "Because.", "final_decision": r["ground_truth"] if i else "maybe"}
+       for i, r in enumerate(SINGLE)]
 
 
 def write(path, content):

@@ -1,4 +1,6 @@
-"""ECG-Expert-QA and open medical questions: data, the script, the reward model, evaluation of free text, chat."""
+"""ECG-Expert-QA and open medical questions: data, the script, the reward model, evaluation of free text,
+chat.
+"""
 import json
 import os
 import re
@@ -11,21 +13,23 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 import tyro
+from conftest import ROOT
 from safetensors.torch import load_file
+from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
+from test_lora import in_process
 
 import eval as evaluation
 import grpo_ecg
 import rewards
 import sft
-from conftest import ROOT
 from data import InputError, ecg, medical_o1, one_line_errors
 from data.run import Run, gaming_warnings
-from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
-from test_lora import in_process
 
-QUICK = ["--model", "tiny", "--adapter", "none", "--steps", "2", "--prompts_per_step", "2", "--group_size", "3", "--eval_size", "6",
+QUICK = ["--model", "tiny", "--adapter", "none", "--steps", "2", "--prompts_per_step", "2", "--group_size",
+         "3", "--eval_size", "6",
          "--max_completion_length", "24", "--eval_every", "0", "--limit", "200"]
-FILES = ["Complex diagnosis (analysis of difficult diseases).json", "ECG Knowledge (Basic Q&A).json", "Patient's right to know.json"]
+FILES = ["Complex diagnosis (analysis of difficult diseases).json", "ECG Knowledge (Basic Q&A).json",
+         "Patient's right to know.json"]
 
 
 def write(path, rows):
@@ -33,7 +37,7 @@ def write(path, rows):
     return path
 
 
-# === data ===============================================================================================================
+# === data ===================================================================================================
 
 
 def same(text):
@@ -55,7 +59,8 @@ def test_real_files_convert_with_the_counts_of_an_independent_reader(real_data, 
     assert counts["mended: UTF-8 that had been read as GBK"] == len(mended)
     distinct = sum(map(len, answers.values()))
     assert counts["merged: the same question and answer again"] == len(raw) - len(lost) - distinct
-    apart = sum(count for reason, count in counts.items() if reason.startswith(("kept apart", "dropped from training")))
+    apart = sum(count for reason, count in counts.items()
+                if reason.startswith(("kept apart", "dropped from training")))
     assert len(train) + len(heldout) + apart == distinct
     sides = [{same(row["extra"]["question"]) for row in side} for side in (train, heldout)]
     assert not sides[0] & sides[1] and all(len(answers[q]) == 1 for q in sides[1])
@@ -63,9 +68,11 @@ def test_real_files_convert_with_the_counts_of_an_independent_reader(real_data, 
         assert not {row["extra"]["disease"] for row in train} & {row["extra"]["disease"] for row in heldout}
     verdicts = Counter(row["extra"].get("verdict") for row in heldout)
     assert verdicts["yes"] == verdicts["no"] and (verdicts["yes"] > 50) == ("right to know" in name)
-    starts = Counter(m[1].lower() for row in train + heldout if (m := re.match(r"(yes|no)\b", row["ground_truth"], re.I)))
+    starts = Counter(m[1].lower() for row in train + heldout
+                     if (m := re.match(r"(yes|no)\b", row["ground_truth"], re.I)))
     assert counts["are yes/no questions"] == sum(starts.values())
-    assert not any("\u4e00" <= c <= "\u9fff" for row in train + heldout for c in row["ground_truth"] + row["extra"]["question"])
+    assert not any("\u4e00" <= c <= "\u9fff" for row in train + heldout for c in row["ground_truth"]
+                   + row["extra"]["question"])
     for row in train + heldout:
         result = rewards.compute_score("ecg_expert_qa", row["target"], row["ground_truth"], row["extra"])
         assert result["accuracy"] == result["format_ok"] == 1 and result["score"] == pytest.approx(1)
@@ -78,22 +85,27 @@ def test_the_folder_as_it_is_cloned(real_data, tmp_path):
         os.symlink(real_data / name, tmp_path / "dataset" / "deep [er]" / name)
     train, heldout, _ = ecg.load_rows(str(tmp_path))
     assert {row["extra"]["subject"] for row in train} == {name.removesuffix(".json") for name in FILES}
-    assert not {same(row["extra"]["question"]) for row in train} & {same(row["extra"]["question"]) for row in heldout}
+    assert not {same(row["extra"]["question"])
+                for row in train} & {same(row["extra"]["question"]) for row in heldout}
     assert len({row["id"] for row in train + heldout}) == len(train) + len(heldout)
 
 
 def test_upstream_variants_are_recognised_and_others_refused_by_name(tmp_path):
     qa = [{"Q": f"What is finding {i}?", "A": f"It is sign {i}."} for i in range(30)]
-    advice = [{"medical_advice": "rest", **{"Q": f"What to do in case {i}?", "A": f"Rest for {i} days."}} for i in range(30)]
+    advice = [{"medical_advice": "rest", **{"Q": f"What to do in case {i}?", "A": f"Rest for {i} days."}}
+              for i in range(30)]
     write(tmp_path / "a (b).json", qa)
     write(tmp_path / "c's.json", advice)
     train, heldout, _ = ecg.load_rows(str(tmp_path))
-    assert len(train) + len(heldout) == 60 and {row["extra"]["subject"] for row in train + heldout} == {"a (b)", "c's"}
+    assert len(train) + len(heldout) == 60
+    assert {row["extra"]["subject"] for row in train + heldout} == {"a (b)", "c's"}
     write(tmp_path / "d.json", [{"Prompt": "q", "Completion": "a"}])
-    with pytest.raises(InputError, match=r"d\.json, row 0: fields 'Prompt', 'Completion' are no known form.*--question_field"):
+    with pytest.raises(InputError, match=r"d\.json, row 0: fields 'Prompt', 'Completion' are no known "
+                                         r"form.*--question_field"):
         ecg.load_rows(str(tmp_path))
     write(tmp_path / "d.json", [*qa[:2], {"Q": "q", "Answer": "a"}])
-    with pytest.raises(InputError, match=r"d\.json, row 2: fields 'Q', 'Answer' where the first row has 'Q', 'A'"):
+    with pytest.raises(InputError, match=r"d\.json, row 2: fields 'Q', 'Answer' where the first row has 'Q', "
+                                         r"'A'"):
         ecg.load_rows(str(tmp_path))
     write(tmp_path / "d.json", [{"Q": "only", "A": " "}])
     with pytest.raises(InputError, match=r"d\.json, row 0, field `A` is empty"):
@@ -109,75 +121,94 @@ def test_mojibake():
 
 
 def test_contradictions_stay_out_of_evaluation_and_duplicates_are_merged(tmp_path):
-    rows = [{"Q": f"q {i}", "A": "one."} for i in range(60)] + [{"Q": f"Q {i}? ", "A": "One"} for i in range(20)] + [{"Q": f"q {i}", "A": "two"} for i in range(40, 60)]
+    rows = [{"Q": f"q {i}", "A": "one."}
+            for i in range(60)] + [{"Q": f"Q {i}? ", "A": "One"}
+                                   for i in range(20)] + [{"Q": f"q {i}", "A": "two"} for i in range(40, 60)]
     train, heldout, counts = ecg.load_rows(str(write(tmp_path / "x.json", rows)))
     assert counts["merged: the same question and answer again"] == 20
     asked = Counter(row["extra"]["question"] for row in train)
     assert all(int(row["extra"]["question"][2:]) < 40 for row in heldout)
-    assert {asked[f"q {i}"] for i in range(40, 60)} == {0, 2} and set(asked[f"q {i}"] for i in range(40)) <= {0, 1}
+    assert {asked[f"q {i}"] for i in range(40, 60)} == {0, 2}
+    assert set(asked[f"q {i}"] for i in range(40)) <= {0, 1}
 
 
 def test_builtin_readings_follow_the_textbook():
     train, heldout, _ = ecg.load_rows()
-    assert min(len(train), len(heldout)) > 2500 and not {r["extra"]["question"] for r in train} & {r["extra"]["question"] for r in heldout}
+    assert min(len(train), len(heldout)) > 2500
+    assert not {r["extra"]["question"] for r in train} & {r["extra"]["question"] for r in heldout}
     for row in train[:400] + heldout[:400]:
         question, said = row["extra"]["question"], row["ground_truth"].lower()
-        numbers = {name: int(m[1]) for name in ("rate", "PR", "QRS", "QTc", "axis") if (m := re.search(rf"\b{name} (-?\d+)", question))}
+        numbers = {name: int(m[1]) for name in ("rate", "PR", "QRS", "QTc", "axis")
+                   if (m := re.search(rf"\b{name} (-?\d+)", question))}
         fibrillation = "no P waves" in question
         assert ("atrial fibrillation" in said) == fibrillation
         assert ("bradycardia" in said) == (numbers["rate"] < 60 and not fibrillation)
         assert ("tachycardia" in said) == (numbers["rate"] > 100 and not fibrillation)
         assert ("first-degree" in said) == (numbers.get("PR", 0) > 200)
         assert ("bundle branch" in said) == (numbers["QRS"] >= 120)
-        assert ("prolonged qt" in said) == (numbers["QTc"] >= 460) and not 445 < numbers["QTc"] < 465  # clear of both sexes' limits
-        assert ("left axis" in said) == (numbers["axis"] < -30) and ("right axis" in said) == (numbers["axis"] > 90)
-        assert rewards.compute_score("ecg_expert_qa", ecg.target("x", row["ground_truth"]), row["ground_truth"], row["extra"])["score"] == pytest.approx(1)
+        # clear of both sexes' limits
+        assert ("prolonged qt" in said) == (numbers["QTc"] >= 460) and not 445 < numbers["QTc"] < 465
+        assert ("left axis" in said) == (numbers["axis"] < -30)
+        assert ("right axis" in said) == (numbers["axis"] > 90)
+        assert rewards.compute_score("ecg_expert_qa", ecg.target("x", row["ground_truth"]),
+                                     row["ground_truth"], row["extra"])["score"] == pytest.approx(1)
         assert all(rewards.key_findings(finding) for finding in row["extra"]["findings"])
-    assert 0.3 < sum(row["extra"]["annotator"] == "careless" for row in train) / len(train) < 0.5  # 55% of those where it shows
+    # 55% of those where it shows
+    assert 0.3 < sum(row["extra"]["annotator"] == "careless" for row in train) / len(train) < 0.5
 
 
 def test_medical_o1_forms(tmp_path):
-    reasoned = [{"Question": f"Why {i}?", "Complex_CoT": f"Because {i}.", "Response": f"It is {i}."} for i in range(20)]
+    reasoned = [{"Question": f"Why {i}?", "Complex_CoT": f"Because {i}.", "Response": f"It is {i}."}
+                for i in range(20)]
     train, heldout, _ = medical_o1.load_rows(str(write(tmp_path / "a.json", reasoned)))
-    assert len(train) + len(heldout) == 20 and train[0]["target"].startswith("<reasoning>\nBecause") and train[0]["data_source"] == "medical_o1"
-    verifiable = [{"Open-ended Verifiable Question": f"Why {i}?", "Ground-True Answer": f"{i} mg"} for i in range(20)] * 2
+    assert len(train) + len(heldout) == 20 and train[0]["target"].startswith("<reasoning>\nBecause")
+    assert train[0]["data_source"] == "medical_o1"
+    verifiable = [{"Open-ended Verifiable Question": f"Why {i}?", "Ground-True Answer": f"{i} mg"}
+                  for i in range(20)] * 2
     train, heldout, counts = medical_o1.load_rows(str(write(tmp_path / "b.json", verifiable)))
     assert len(train) + len(heldout) == 20 and counts == {"dropped: question occurs before": 20}
     own = write(tmp_path / "c.json", [{"ask": f"q {i}", "say": "a"} for i in range(8)])
-    with pytest.raises(InputError, match="row 0: fields 'ask', 'say': name the question's and the answer's with --question_field"):
+    with pytest.raises(InputError, match="row 0: fields 'ask', 'say': name the question's and the answer's "
+                                         "with --question_field"):
         medical_o1.load_rows(str(own))
     assert sum(map(len, medical_o1.load_rows(str(own), question_field="ask", answer_field="say")[:2])) == 8
 
 
 def test_prepared_rows_come_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "data.prepare", "ecg", "builtin", "--limit", "200", "--out", str(tmp_path / "p")],
+    done = subprocess.run([sys.executable, "-m", "data.prepare", "ecg", "builtin", "--limit", "200", "--out",
+                           str(tmp_path / "p")],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "free-text answers" in done.stdout, done.stderr
     fresh, again = ecg.load_rows("builtin", limit=200), ecg.load_rows(str(tmp_path / "p"))
     assert fresh[:2] == again[:2] and not again[2]
 
 
-# === the script =========================================================================================================
+# === the script =============================================================================================
 
 
 def test_a_run_as_a_user_would_run_it(tmp_path, family_folder):
-    done = command("grpo_ecg.py", *QUICK, "--language_model", family_folder("qwen2"), "--normalize_rewards", "--weights", "findings", "0.6", "format", "0.3",
+    done = command("grpo_ecg.py", *QUICK, "--language_model", family_folder("qwen2"), "--normalize_rewards",
+                   "--weights", "findings", "0.6", "format", "0.3",
                    "fluency", "0.1", cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "tiny" in done.stdout.splitlines()[0] and "reward: 0.6 findings, 0.3 format, 0.1 fluency" in done.stdout
+    assert "tiny" in done.stdout.splitlines()[0]
+    assert "reward: 0.6 findings, 0.3 format, 0.1 fluency" in done.stdout
     [folder] = (tmp_path / "runs").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == sorted(CONTRACT)
     records = metrics(folder)
     assert all(key in records[0] for key in METRICS if key != "reward_correctness")
-    assert all(f"reward_{part}" in records[0] for part in ("rule", "findings", "tokens", "similarity", "fluency", "format", "brevity"))
+    assert all(f"reward_{part}" in records[0]
+               for part in ("rule", "findings", "tokens", "similarity", "fluency", "format", "brevity"))
     summary = json.loads((folder / "summary.json").read_text())
-    assert {"score", "score_ci95", "parts", "accuracy", "format_rate"} <= set(summary["after"]) and {"ties", "difference_ci95", "better"} <= set(summary["paired"])
+    assert {"score", "score_ci95", "parts", "accuracy", "format_rate"} <= set(summary["after"])
+    assert {"ties", "difference_ci95", "better"} <= set(summary["paired"])
 
 
 @pytest.mark.parametrize("method", ["hybrid", "reasoning"])
 def test_rewards_are_normalised_without_a_language_model_too(tmp_path, method, capsys):
-    assert in_process(grpo_ecg, *QUICK, "--method", method, "--normalize_rewards", "--out", tmp_path / "run") == 0
+    assert in_process(grpo_ecg, *QUICK, "--method", method, "--normalize_rewards", "--out",
+                      tmp_path / "run") == 0
     assert "fluency" not in capsys.readouterr().out and len(metrics(tmp_path / "run")) == 2
 
 
@@ -357,30 +388,37 @@ def test_zero_std_looks_at_what_the_advantages_are_made_of(normalize, monkeypatc
 def test_killed_and_resumed_is_the_same_run_bit_by_bit(tmp_path):
     flags = [*QUICK, "--steps", "6", "--save_every", "2"]
     assert command("grpo_ecg.py", *flags, "--out", tmp_path / "whole").returncode == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / "grpo_ecg.py"), *flags, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, str(ROOT / "grpo_ecg.py"), *flags, "--out",
+                                str(tmp_path / "run")], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) >= 3):
+    while process.poll() is None and not ((tmp_path / "run" / "metrics.jsonl").exists()
+                                          and len(metrics(tmp_path / "run")) >= 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "run" / "summary.json").exists()
     assert command("grpo_ecg.py", *flags, "--out", tmp_path / "run", "--resume").returncode == 0
-    one, two = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "run"))
+    one, two = (load_file(tmp_path / name / "model" / "adapter_model.safetensors")
+                for name in ("whole", "run"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert same_but_for_clocks(metrics(tmp_path / "whole")) == same_but_for_clocks(metrics(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_real_file_trains_for_ten_steps(real_data, tmp_path, name):
-    assert in_process(grpo_ecg, *QUICK, "--limit", 0, "--steps", 10, "--data", real_data / name, "--eval_size", 10, "--out", tmp_path / "run") == 0
+    assert in_process(grpo_ecg, *QUICK, "--limit", 0, "--steps", 10, "--data", real_data / name,
+                      "--eval_size", 10, "--out", tmp_path / "run") == 0
     assert len(metrics(tmp_path / "run")) == 10
 
 
 def test_open_medical_questions_train(tmp_path):
-    rows = [{"Question": f"Which drug is number {i}?", "Complex_CoT": "I count.", "Response": f"Drug {i}."} for i in range(60)]
+    rows = [{"Question": f"Which drug is number {i}?", "Complex_CoT": "I count.", "Response": f"Drug {i}."}
+            for i in range(60)]
     data = write(tmp_path / "o1.json", rows)
-    assert in_process(sft, "--model", "tiny", "--task", "medical_o1", "--data", data, "--eval_size", 6, "--batch_size", 8, "--num_epochs", 1, "--out", tmp_path / "sft") == 0
-    assert in_process(grpo_ecg, *QUICK, "--task", "medical_o1", "--method", "reasoning", "--data", data, "--adapter", tmp_path / "sft" / "model",
+    assert in_process(sft, "--model", "tiny", "--task", "medical_o1", "--data", data, "--eval_size", 6,
+                      "--batch_size", 8, "--num_epochs", 1, "--out", tmp_path / "sft") == 0
+    assert in_process(grpo_ecg, *QUICK, "--task", "medical_o1", "--method", "reasoning", "--data", data,
+                      "--adapter", tmp_path / "sft" / "model",
                       "--out", tmp_path / "run") == 0
 
 
@@ -397,19 +435,22 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert in_process(grpo_ecg, *QUICK, *arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error
+                                                                          for word in words), error
     assert not (tmp_path / "runs").exists()
 
 
-# === the reward model ===================================================================================================
+# === the reward model =======================================================================================
 
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     """A reward model trained for a moment on built-in items, as a user would."""
     folder = tmp_path_factory.mktemp("reward")
-    assert subprocess.run([sys.executable, "-m", "data.prepare", "ecg", "builtin", "--limit", "400", "--out", str(folder / "data")], cwd=ROOT).returncode == 0
-    done = command("sft.py", "reward_model", "--data", folder / "data", "--limit", 80, "--eval_size", 40, "--out", folder / "model")
+    assert subprocess.run([sys.executable, "-m", "data.prepare", "ecg", "builtin", "--limit", "400", "--out",
+                           str(folder / "data")], cwd=ROOT).returncode == 0
+    done = command("sft.py", "reward_model", "--data", folder / "data", "--limit", 80, "--eval_size", 40,
+                   "--out", folder / "model")
     assert done.returncode == 0 and "another question's answer" in done.stdout, done.stderr
     return folder / "model"
 
@@ -420,27 +461,34 @@ def test_corruptions_are_worse_by_the_rules_too():
     _, heldout, _ = ecg.load_rows("builtin", limit=400)
     for row, other in zip(heldout, heldout[1:]):
         made = sft.corruptions(row["ground_truth"], other["ground_truth"], generator)
-        gold = rewards.compute_score("ecg_expert_qa", ecg.target("x", row["ground_truth"]), row["ground_truth"], row["extra"])["score"]
+        gold = rewards.compute_score("ecg_expert_qa", ecg.target("x", row["ground_truth"]),
+                                     row["ground_truth"], row["extra"])["score"]
         for kind, text in made.items():
-            score = rewards.compute_score("ecg_expert_qa", ecg.target("x", text), row["ground_truth"], row["extra"])["score"]
+            score = rewards.compute_score("ecg_expert_qa", ecg.target("x", text), row["ground_truth"],
+                                          row["extra"])["score"]
             worse[kind] += score < gold
             worse["of " + kind] += 1
-    assert all(worse[kind] >= 0.95 * worse["of " + kind] > 50 for kind in ("another question's answer", "negated", "truncated")), worse
+    assert all(worse[kind] >= 0.95 * worse["of " + kind] > 50
+               for kind in ("another question's answer", "negated", "truncated")), worse
     made = sft.corruptions("No, wait 3 to 6 months, it is not urgent.", "Yes.", generator)
-    assert made["negated"] == "wait 3 to 6 months, it is urgent." and re.search(r"\d", made["number"]) and "number" in made
+    assert made["negated"] == "wait 3 to 6 months, it is urgent." and re.search(r"\d", made["number"])
+    assert "number" in made
     assert sft.corruptions("Yes, you can.", "x", generator)["negated"] == "No, you can."
 
 
 def test_a_trained_reward_model_is_loaded_normalised_and_watched(reward_model, tmp_path, capsys):
     summary = json.loads((reward_model / "summary.json").read_text())
-    assert {"another question's answer", "negated", "truncated"} <= set(summary["by_kind"]) and 0 <= summary["accuracy"] <= 1
+    assert {"another question's answer", "negated", "truncated"} <= set(summary["by_kind"])
+    assert 0 <= summary["accuracy"] <= 1
     _, heldout, _ = ecg.load_rows("builtin", limit=400)
-    questions, answers = [row["extra"]["question"] for row in heldout[:40]], [row["ground_truth"] for row in heldout[:40]]
+    questions, answers = [row["extra"]["question"]
+                          for row in heldout[:40]], [row["ground_truth"] for row in heldout[:40]]
     rewards.SCORED.clear()
     together = rewards.learned_rewards(questions, answers, str(reward_model))
     rewards.SCORED.clear()
     alone = [rewards.learned_rewards([q], [a], str(reward_model))[0] for q, a in zip(questions, answers)]
-    assert together == pytest.approx(alone, abs=2e-5) and all(0 < score < 1 for score in together) and len(set(together)) > 20
+    assert together == pytest.approx(alone, abs=2e-5) and all(0 < score < 1 for score in together)
+    assert len(set(together)) > 20
     assert in_process(grpo_ecg, *QUICK, "--reward_model", reward_model, "--out", tmp_path / "run") == 0
     record = metrics(tmp_path / "run")[0]
     assert {"reward_learned", "reward_rule"} <= set(record) and "0.5 learned" in capsys.readouterr().out
@@ -452,35 +500,46 @@ def test_climbing_the_reward_model_alone_is_warned_about_once(tmp_path):
     bar = type("Bar", (), {"write": staticmethod(said.append)})
     run.folder.mkdir()
     for step in range(80):
-        run.log("metrics", {"step": step, "reward_learned": 0.01 * step, "reward_rule": 0.5 if step < 40 else 0.5 - 0.01 * (step - 40)})
+        run.log("metrics",
+                {"step": step, "reward_learned": 0.01 * step, "reward_rule": 0.5 if step < 40
+                 else 0.5 - 0.01 * (step - 40)})
         run.warn_once(bar, step, gaming_warnings(run.read_records("metrics")))
         assert len(said) == (step > 40 and len(said))  # at most once
         assert step >= 39 or not said
     assert len(said) == 1 and "being gamed" in said[0]
 
 
-@pytest.mark.parametrize("arguments, words", [(["nowhere"], ["nowhere/train.jsonl"]), (["{empty}"], ["train.jsonl", "data.prepare"]),
-                                              (["{good}", "--model", "nowhere"], ["nowhere: no such model folder"]),
-                                              (["{good}", "--num_epochs", "0"], ["--num_epochs 0", "at least 1"])])
+@pytest.mark.parametrize("arguments, words",
+                         [(["nowhere"], ["nowhere/train.jsonl"]),
+                          (["{empty}"], ["train.jsonl", "data.prepare"]),
+                          (["{good}", "--model", "nowhere"], ["nowhere: no such model folder"]),
+                          (["{good}", "--num_epochs", "0"], ["--num_epochs 0", "at least 1"])])
 def test_bad_input_of_reward_training_is_one_line(arguments, words, tmp_path, capsys):
-    for name, rows in (("empty", "{}\n"), ("good", "".join(json.dumps(row) + "\n" for row in ecg.load_rows("builtin", limit=20)[0]))):
+    for name, rows in (("empty", "{}\n"),
+                       ("good",
+                        "".join(json.dumps(row) + "\n" for row in ecg.load_rows("builtin", limit=20)[0]))):
         (tmp_path / name).mkdir()
         for side in ("train", "heldout"):
             (tmp_path / name / f"{side}.jsonl").write_text(rows)
-    done = command("sft.py", "reward_model", "--data", *[a.format(empty=tmp_path / "empty", good=tmp_path / "good") for a in arguments], "--out", tmp_path / "out")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    done = command("sft.py", "reward_model", "--data",
+                   *[a.format(empty=tmp_path / "empty", good=tmp_path / "good") for a in arguments], "--out",
+                   tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count(
+        "\n") == 1, done.stderr
     assert all(word in done.stderr for word in words) and not (tmp_path / "out").exists()
 
 
-# === evaluation and chat ================================================================================================
+# === evaluation and chat ====================================================================================
 
 
 def test_heads_are_compared_by_score(tmp_path):
-    done = command("eval.py", "--task", "ecg", "--models", "one=tiny", "two=tiny", "--eval_size", 6, "--max_completion_length", 16, "--similarity", "overlap",
+    done = command("eval.py", "--task", "ecg", "--models", "one=tiny", "two=tiny", "--eval_size", 6,
+                   "--max_completion_length", 16, "--similarity", "overlap",
                    "--out", tmp_path / "e")
     assert done.returncode == 0 and "tied on 6" in done.stdout, done.stderr
     summary = json.loads((tmp_path / "e" / "summary.json").read_text())
-    assert {"score_ci95", "parts"} <= set(summary["heads"]["one"]["generated"]) and summary["paired"][0]["ties"] == 6
+    assert {"score_ci95", "parts"} <= set(summary["heads"]["one"]["generated"])
+    assert summary["paired"][0]["ties"] == 6
     page = (tmp_path / "e" / "report.html").read_text()
     assert "Parts of the score" in page and "sign test on scores" in page and '"freeText": true' in page
 
@@ -492,12 +551,14 @@ def test_bootstrap_interval_is_that_of_the_mean():
 
 
 def talk(text, *arguments, **options):
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "chat", *map(str, arguments)], input=text, capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), "chat", *map(str, arguments)], input=text,
+                          capture_output=True, text=True, **options)
 
 
 def test_chat_from_a_pipe(tmp_path):
     file = tmp_path / "talk.json"
-    done = talk(f"What does vitamin C lack cause?\n/system Be brief.\nAnd again?\n/save {file}\n/nonsense\n/clear\nHello\n/quit\nnever\n",
+    done = talk("What does vitamin C lack cause?\n/system Be brief.\nAnd again?\n/save "
+                f"{file}\n/nonsense\n/clear\nHello\n/quit\nnever\n",
                 "--models", "base=tiny", "other=tiny", "--max_completion_length", 12, "--temperature", 0)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nbase: ") == done.stdout.count("\nother: ") == 3 and "never" not in done.stdout
@@ -508,10 +569,12 @@ def test_chat_from_a_pipe(tmp_path):
 
 
 def test_chat_keeps_a_history_for_each_head_and_ends_with_the_pipe(tmp_path):
-    done = talk(f"One\nTwo\n/save {tmp_path / 't.json'}\n", "--models", "a=tiny", "b=tiny", "--max_completion_length", 8, "--seed", 3)
+    done = talk(f"One\nTwo\n/save {tmp_path / 't.json'}\n", "--models", "a=tiny", "b=tiny",
+                "--max_completion_length", 8, "--seed", 3)
     assert done.returncode == 0, done.stderr
     heads = json.loads((tmp_path / "t.json").read_text())["heads"]
-    assert [m["content"] for m in heads["a"] if m["role"] == "user"] == ["One", "Two"] and heads["a"] != heads["b"]
+    assert [m["content"] for m in heads["a"] if m["role"] == "user"] == ["One", "Two"]
+    assert heads["a"] != heads["b"]
     bad = talk("x\n", "--models", "a=nowhere")
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
 
@@ -519,6 +582,8 @@ def test_chat_keeps_a_history_for_each_head_and_ends_with_the_pipe(tmp_path):
 def test_streamed_text_is_what_generate_gives(family_folder, family):
     model, tokenizer, compute = evaluation.load_model(family_folder(family))
     prompt = evaluation.encode_prompt(tokenizer, [{"role": "user", "content": "What is a P wave?"}])
-    ids, mask, _ = evaluation.generate(model, [prompt], max_new_tokens=20, stop_ids=evaluation.stop_ids(model, tokenizer), temperature=0.0)
+    ids, mask, _ = evaluation.generate(model, [prompt], max_new_tokens=20,
+                                       stop_ids=evaluation.stop_ids(model, tokenizer), temperature=0.0)
     config = evaluation.Chat(max_completion_length=20, temperature=0.0)
-    assert "".join(evaluation.stream(model, tokenizer, prompt, compute, config, None)) == evaluation.decode(tokenizer, ids, mask)[0]
+    assert "".join(evaluation.stream(model, tokenizer, prompt, compute, config,
+                                     None)) == evaluation.decode(tokenizer, ids, mask)[0]

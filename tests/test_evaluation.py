@@ -10,6 +10,7 @@ import eval as evaluation
 import grpo_pubmedqa
 from data import pubmedqa
 
+
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
     for n, correct in [(1, 0), (1, 1), (5, 0), (5, 2), (6, 1), (6, 6), (8, 3)]:
         answers = [i < correct for i in range(n)]

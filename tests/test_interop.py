@@ -7,13 +7,13 @@ import sys
 import jinja2
 import pytest
 import yaml
+from conftest import ROOT
 from datasets import load_dataset
+from interop import MEDICAL_O1, attempts
 from pyarrow import parquet
 
 import rewards
-from conftest import ROOT
 from data import InputError, prepare
-from interop import MEDICAL_O1, attempts
 
 TASKS = ["pubmedqa", "medmcqa", "ecg", "medical_o1"]
 FIELDS = {"data_source", "prompt", "ability", "reward_model", "extra_info"}
@@ -97,8 +97,8 @@ def test_scores_through_parquet_are_ours(prepared, reader, tmp_path, monkeypatch
     spec.loader.exec_module(module)
     rows = sides["heldout"]
     texts = attempts(rows)
-    ours = [rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"]) for row,
-            text in zip(rows, texts)]
+    ours = [rewards.compute_score(row["data_source"], text, row["ground_truth"], row["extra"])
+            for row, text in zip(rows, texts)]
     assert [score(module, row, text) for row, text in zip(read, texts)] == ours
     assert len({round(one["score"], 6) for one in ours}) > 3  # of several kinds
     assert all(one.keys() == ours[0].keys() for one in ours)  # verl makes a column of each key

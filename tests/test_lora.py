@@ -10,8 +10,10 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
@@ -20,14 +22,14 @@ import grpo_medmcqa as grpo
 import grpo_pubmedqa
 import rewards
 import sft
-from conftest import ROOT
 from data import medmcqa, one_line_errors, pubmedqa
-from test_cli import CONTRACT, METRICS, command, metrics, same_but_for_clocks
 
 TINY = str(ROOT / "data" / "tiny")
-QUICK = ["--model", "tiny", "--data", "builtin", "--steps", "3", "--prompts_per_step", "3", "--group_size", "4", "--eval_size", "4",
+QUICK = ["--model", "tiny", "--data", "builtin", "--steps", "3", "--prompts_per_step", "3", "--group_size",
+         "4", "--eval_size", "4",
          "--max_completion_length", "48", "--ref_every", "2", "--warmup", "0", "--limit", "200"]
-QUICK_SFT = ["--model", "tiny", "--data", "builtin", "--task", "medmcqa", "--limit", "96", "--num_epochs", "1", "--eval_size", "6",
+QUICK_SFT = ["--model", "tiny", "--data", "builtin", "--task", "medmcqa", "--limit", "96", "--num_epochs",
+             "1", "--eval_size", "6",
              "--batch_size", "16", "--eval_every", "2", "--save_every", "2"]
 
 
@@ -43,7 +45,8 @@ def in_process(script, *arguments):
 
 def adapter_weights(model, name):
     """{name: weight} of one adapter of a peft model."""
-    return {key.replace(f".{name}.", "."): p.detach().clone() for key, p in model.named_parameters() if f".{name}." in key}
+    return {key.replace(f".{name}.", "."): p.detach().clone() for key, p in model.named_parameters()
+            if f".{name}." in key}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def grpo_run(sft_run, tmp_path_factory):
     return folder
 
 
-# --- sampling with an adapter --------------------------------------------------------------------------------------------
+# --- sampling with an adapter
+# --------------------------------------------------------------------------------------------
 
 
 def two_adapters(folder, dtype="fp32"):
@@ -78,7 +82,9 @@ def two_adapters(folder, dtype="fp32"):
 
 @pytest.mark.parametrize("state", ["default", "reference", "disabled"])
 def test_adapters_are_folded_in_while_sampling_and_the_base_stays(family, family_folder, monkeypatch, state):
-    """Against sampling with the adapters beside their layers: log-probabilities within 1e-5, every weight the same bit for bit."""
+    """Against sampling with the adapters beside their layers: log-probabilities within 1e-5, every weight the
+    same bit for bit.
+    """
     model, prompts = two_adapters(family_folder(family))
     before = {key: weight.detach().clone() for key, weight in model.state_dict().items()}
     if state == "reference":
@@ -88,18 +94,22 @@ def test_adapters_are_folded_in_while_sampling_and_the_base_stays(family, family
         for folded in (True, False):
             if not folded:
                 monkeypatch.setattr(evaluation, "linears_of_a_token", lambda model: nullcontext())
-            results.append(evaluation.generate(model, prompts, 3, max_new_tokens=10, stop_ids=[7], temperature=0.8,
+            results.append(evaluation.generate(model, prompts, 3, max_new_tokens=10, stop_ids=[7],
+                                               temperature=0.8,
                                                generator=torch.Generator().manual_seed(2)))
-    assert torch.equal(results[0][0], results[1][0]) and torch.allclose(results[0][2], results[1][2], atol=1e-5)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][2], results[1][2], atol=1e-5)
     assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_sampling_works_where_all_heads_share_one_key():
     """No copy is made of a query on its way then, so it must be laid out as the attention reads it."""
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1)
     model = Qwen2ForCausalLM(Qwen2Config(**shape, vocab_size=50, pad_token_id=None)).eval()
-    ids, mask, logps = evaluation.generate(model, [[5, 6, 7], [8, 9]], 2, max_new_tokens=4, stop_ids=[1], temperature=1.0,
+    ids, mask, logps = evaluation.generate(model, [[5, 6, 7], [8, 9]], 2, max_new_tokens=4, stop_ids=[1],
+                                           temperature=1.0,
                                            generator=torch.Generator().manual_seed(0))
     plain = model(torch.cat([torch.tensor([5, 6, 7]), ids[0, :2]])[None]).logits[0].log_softmax(-1)
     assert logps[0, 0].item() == pytest.approx(plain[2, ids[0, 0]].item(), abs=1e-5)
@@ -112,12 +122,16 @@ def test_folding_reaches_every_layer_in_fp32_and_none_in_bf16(family_folder):
             assert sum("forward" in vars(module) for module in model.modules()) == layers
 
 
-# --- what is trained and what is not ------------------------------------------------------------------------------------
+# --- what is trained and what is not
+# ------------------------------------------------------------------------------------
 
 
 def trained_model(family_folder, family, tmp_path, **knobs):
-    """The policy of a LoRA script after a step of GRPO with made-up rewards, and a copy of all its weights from before."""
-    config = replace(grpo.Config(), model=str(family_folder(family)), dtype="fp32", adapter="none", group_size=4, prompts_per_step=2, max_completion_length=8, lora_r=4, **knobs)
+    """The policy of a LoRA script after a step of GRPO with made-up rewards, and a copy of all its weights
+    from before.
+    """
+    config = replace(grpo.Config(), model=str(family_folder(family)), dtype="fp32", adapter="none",
+                     group_size=4, prompts_per_step=2, max_completion_length=8, lora_r=4, **knobs)
     config = replace(config, encoder="")
     model, tokenizer, compute = evaluation.load_policy(config, "medmcqa")
     grpo.add_reference_adapter(model)
@@ -127,7 +141,8 @@ def trained_model(family_folder, family, tmp_path, **knobs):
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(key))) * 0.05)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     rows = evaluation.encode_rows(tokenizer, medmcqa.builtin_rows()[0][:4], 4096, "training")
-    groups = grpo.rollout(model, tokenizer, grpo.question_stream(rows, 0, 0), config, compute, evaluation.stop_ids(model, tokenizer),
+    groups = grpo.rollout(model, tokenizer, grpo.question_stream(rows, 0, 0), config, compute,
+                          evaluation.stop_ids(model, tokenizer),
                           torch.Generator().manual_seed(0))
     for i, group in enumerate(groups):
         group["advantages"], group["zero_std"] = torch.tensor([1.0, -1.0, 0.5, -0.5]) * (i + 1), False
@@ -136,7 +151,8 @@ def trained_model(family_folder, family, tmp_path, **knobs):
     grpo.add_reference_logps(model, groups, config, compute)
     model.set_adapter("default")
     trained = [p for p in model.parameters() if p.requires_grad]
-    sums = grpo.policy_gradient(model, groups, True, config, compute, torch.amp.GradScaler("cpu", enabled=False))
+    sums = grpo.policy_gradient(model, groups, True, config, compute,
+                                torch.amp.GradScaler("cpu", enabled=False))
     return model, tokenizer, before, trained, sums
 
 
@@ -154,21 +170,24 @@ def test_only_the_adapter_moves_and_the_reference_gets_no_gradient(family, famil
         assert torch.equal(p, before[key]) == (key not in names)
     grpo.copy_adapter(model)
     policy, reference = adapter_weights(model, "default"), adapter_weights(model, "reference")
-    assert policy.keys() == reference.keys() and all(torch.equal(policy[key], reference[key]) for key in policy)
+    assert policy.keys() == reference.keys()
+    assert all(torch.equal(policy[key], reference[key]) for key in policy)
 
 
 def test_the_saved_adapter_alone_gives_the_same_logits_in_a_new_process(family, family_folder, tmp_path):
     model, tokenizer, _, trained, _ = trained_model(family_folder, family, tmp_path)
     torch.optim.AdamW(trained, lr=1e-2).step()
     model.save_pretrained(tmp_path / "model", selected_adapters=["default"])
-    assert sorted(os.listdir(tmp_path / "model")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "model")) == ["README.md", "adapter_config.json",
+                                                      "adapter_model.safetensors"]
     ids = torch.arange(10, 40)[None]
     torch.save(model(ids).logits.detach(), tmp_path / "logits.pt")
-    program = (f"import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as M\n"
-               f"torch.set_num_threads({torch.get_num_threads()})\n"
-               f"model = PeftModel.from_pretrained(M.from_pretrained({family_folder(family)!r}, dtype=torch.float32), {str(tmp_path / 'model')!r}).eval()\n"
-               f"logits = model(torch.arange(10, 40)[None]).logits\n"
-               f"print((logits - torch.load({str(tmp_path / 'logits.pt')!r})).abs().max().item())")
+    program = ("import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM as "
+               f"M\ntorch.set_num_threads({torch.get_num_threads()})\nmodel = "
+               f"PeftModel.from_pretrained(M.from_pretrained({family_folder(family)!r}, "
+               f"dtype=torch.float32), {str(tmp_path / 'model')!r}).eval()\nlogits = model(torch.arange(10, "
+               "40)[None]).logits\nprint((logits - "
+               f"torch.load({str(tmp_path / 'logits.pt')!r})).abs().max().item())")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 0.0
@@ -179,14 +198,16 @@ def test_kl_is_zero_right_after_a_refresh(grpo_run):
     assert kl[0] == 0 and kl[1] > 0 and kl[2] == 0  # renewed before step 3
 
 
-# --- the runs -----------------------------------------------------------------------------------------------------------
+# --- the runs
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_sft_run_leaves_its_files_and_learns(sft_run):
     assert sorted(path.name for path in sft_run.iterdir()) == sorted(set(CONTRACT) - {"samples.jsonl"})
     records = metrics(sft_run)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert records[-1]["loss"] < 0.8 * records[0]["loss"] and records[-1]["eval_loss"] < records[1]["eval_loss"]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert records[-1]["eval_loss"] < records[1]["eval_loss"]
     assert "eval_accuracy" in records[1] and "eval_accuracy" in records[3]
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), sft_run / "model")
     known = json.loads((sft_run / "model" / "adapter_config.json").read_text())
@@ -194,15 +215,21 @@ def test_an_sft_run_leaves_its_files_and_learns(sft_run):
 
 
 def test_sft_of_all_weights(tmp_path):
-    assert in_process(sft, *QUICK_SFT, "--lora_r", 0, "--learning_rate", 1e-3, "--limit", 32, "--out", tmp_path / "run") == 0
-    before, after = load_file(TINY + "/model.safetensors"), load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert before.keys() == after.keys() and all((before[name].float() != after[name]).any() for name in before)
+    assert in_process(sft, *QUICK_SFT, "--lora_r", 0, "--learning_rate", 1e-3, "--limit", 32, "--out",
+                      tmp_path / "run") == 0
+    before, after = load_file(TINY
+                              + "/model.safetensors"), load_file(
+                                  tmp_path / "run" / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[name].float() != after[name]).any() for name in before)
 
 
 def test_sft_every_task_and_family(family, family_folder, tmp_path):
     for task in ("pubmedqa", "medmcqa"):
-        assert in_process(sft, *QUICK_SFT, "--task", task, "--model", family_folder(family), "--limit", 20, "--eval_every", 0,
-                          "--max_completion_length", 8, "--max_seq_length", 4096, "--out", tmp_path / task) == 0
+        assert in_process(sft, *QUICK_SFT, "--task", task, "--model", family_folder(family), "--limit", 20,
+                          "--eval_every", 0,
+                          "--max_completion_length", 8, "--max_seq_length", 4096, "--out",
+                          tmp_path / task) == 0
 
 
 def test_the_sft_loss_is_the_completions_alone(family, family_folder):
@@ -213,7 +240,8 @@ def test_the_sft_loss_is_the_completions_alone(family, family_folder):
     nll, tokens = sft.completion_nll(model, pairs, compute)
     expected = 0.0
     for prompt, completion in pairs:
-        loss = model(torch.tensor([prompt + completion]), labels=torch.tensor([[-100] * len(prompt) + completion])).loss
+        loss = model(torch.tensor([prompt + completion]),
+                     labels=torch.tensor([[-100] * len(prompt) + completion])).loss
         expected += loss.item() * len(completion)
     assert tokens == sum(len(completion) for _, completion in pairs)
     assert nll.item() == pytest.approx(expected, rel=1e-5)
@@ -225,11 +253,14 @@ def test_the_sft_loss_is_the_completions_alone(family, family_folder):
 def test_long_rows_are_counted_not_cut(capsys, tmp_path):
     tokenizer = evaluation.load_model("tiny")[1]
     rows = medmcqa.builtin_rows()[0][:50]
-    lengths = [sum(map(len, pair)) for pair in sft.encode(tokenizer, rows, sft.Config(max_seq_length=4096), "training")]
+    lengths = [sum(map(len, pair))
+               for pair in sft.encode(tokenizer, rows, sft.Config(max_seq_length=4096), "training")]
     limit = sorted(lengths)[29]
     short = sft.encode(tokenizer, rows, sft.Config(max_seq_length=limit), "training")
-    assert len(short) == sum(length <= limit for length in lengths) and all(sum(map(len, pair)) <= limit for pair in short)
-    assert f"{50 - len(short)} of them longer than --max_seq_length {limit} and left out" in capsys.readouterr().out
+    assert len(short) == sum(length <= limit for length in lengths)
+    assert all(sum(map(len, pair)) <= limit for pair in short)
+    said = capsys.readouterr().out
+    assert f"{50 - len(short)} of them longer than --max_seq_length {limit} and left out" in said
     assert in_process(sft, *QUICK_SFT, "--max_seq_length", 5, "--out", tmp_path / "run") == 2
     assert "--max_seq_length 5" in capsys.readouterr().err
 
@@ -250,15 +281,20 @@ def test_a_grpo_run_from_the_sft_adapter(grpo_run):
     assert all(key in records[0] for key in [*METRICS, "reward_similarity"])
     assert all(record["sampler_gap"] < 1e-5 for record in records)
     assert sorted(os.listdir(grpo_run / "model"))[:2] == ["README.md", "adapter_config.json"]
-    assert json.loads((grpo_run / "config.json").read_text())["encoder"].endswith("MiniLM-L6-v2")  # as given, not as resolved
+    # as given, not as resolved
+    assert json.loads((grpo_run / "config.json").read_text())["encoder"].endswith("MiniLM-L6-v2")
 
 
 @pytest.mark.slow  # test_survival.py has the short form
-@pytest.mark.parametrize("script, flags", [("sft.py", QUICK_SFT), ("grpo_medmcqa.py", [*QUICK, "--adapter", "none", "--steps", "6", "--save_every", "2"])])
+@pytest.mark.parametrize("script, flags",
+                         [("sft.py", QUICK_SFT),
+                          ("grpo_medmcqa.py",
+                           [*QUICK, "--adapter", "none", "--steps", "6", "--save_every", "2"])])
 def test_killed_and_resumed_is_the_same_run_bit_by_bit(script, flags, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert command(script, *flags, "--out", whole).returncode == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags, "--out", str(folder)], stdout=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags, "--out", str(folder)],
+                               stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= 3):
         time.sleep(0.02)
@@ -275,11 +311,14 @@ def test_killed_and_resumed_is_the_same_run_bit_by_bit(script, flags, tmp_path):
 
 def test_real_questions(real_data, tmp_path):
     data = real_data / "medmcqa_dev_2000.json"
-    assert in_process(sft, *QUICK_SFT, "--data", data, "--max_seq_length", 512, "--eval_every", 0, "--out", tmp_path / "sft") == 0
-    assert in_process(grpo, *QUICK, "--data", data, "--steps", 2, "--adapter", tmp_path / "sft" / "model", "--out", tmp_path / "grpo") == 0
+    assert in_process(sft, *QUICK_SFT, "--data", data, "--max_seq_length", 512, "--eval_every", 0, "--out",
+                      tmp_path / "sft") == 0
+    assert in_process(grpo, *QUICK, "--data", data, "--steps", 2, "--adapter", tmp_path / "sft" / "model",
+                      "--out", tmp_path / "grpo") == 0
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script, arguments, words", [
@@ -298,12 +337,15 @@ def test_bad_input_is_one_line_and_exit_code_2(script, arguments, words, tmp_pat
     monkeypatch.chdir(tmp_path)
     item = {"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "exp": None}
     for name, cops in (("few", (1, 2, 3)), ("bare", (1, 2, 3, 4) * 5)):
-        (tmp_path / f"{name}.json").write_text(json.dumps([{**item, "question": f"q {i}", "cop": cop} for i, cop in enumerate(cops)]))
-    for name, config in (("other", {"base_model_name_or_path": "some/model"}), ("broken", {"base_model_name_or_path": TINY, "peft_type": "LORA"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**item, "question": f"q {i}", "cop": cop}
+                                                           for i, cop in enumerate(cops)]))
+    for name, config in (("other", {"base_model_name_or_path": "some/model"}),
+                         ("broken", {"base_model_name_or_path": TINY, "peft_type": "LORA"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
     places = {"few": "few.json", "bare": "bare.json", "other": "other", "broken": "broken"}
-    assert in_process(script, "--model", "tiny", *(["--data", "builtin"] if "--data" not in arguments else []),
+    assert in_process(script, "--model", "tiny",
+                      *(["--data", "builtin"] if "--data" not in arguments else []),
                       *[argument.format(**places) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -379,11 +421,14 @@ def test_a_runs_own_evaluation_is_scored_by_its_weights(script, tmp_path, monkey
 def test_without_the_default_adapter_the_script_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert in_process(grpo, *QUICK, "--steps", 1, "--out", "run") == 0
-    assert "there is no runs/sft-medmcqa/model; python sft.py --task medmcqa makes one" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "there is no runs/sft-medmcqa/model; python sft.py --task medmcqa makes one" in said
 
 
-@pytest.mark.parametrize("task, script, data", [("pubmedqa", "grpo_pubmedqa", "hub"), ("medmcqa", "grpo_medmcqa", "hub"), ("ecg", "grpo_ecg", "builtin"),
-                                                ("medical_o1", "grpo_ecg", "hub")])
+@pytest.mark.parametrize("task, script, data",
+                         [("pubmedqa", "grpo_pubmedqa", "hub"), ("medmcqa", "grpo_medmcqa", "hub"),
+                          ("ecg", "grpo_ecg", "builtin"),
+                          ("medical_o1", "grpo_ecg", "hub")])
 def test_on_a_gpu_sft_takes_the_base_of_the_grpo_script(task, script, data, monkeypatch):
     monkeypatch.setattr(sft, "GPU", True)
     config = sft.parse(["--task", task])
@@ -400,13 +445,15 @@ def test_help_lists_every_knob(script, config):
     assert all(f"--{field.name}" in text for field in fields(config))
 
 
-# --- heads side by side -------------------------------------------------------------------------------------------------
+# --- heads side by side
+# -------------------------------------------------------------------------------------------------
 
 
 def heads(*arguments):
     try:
         with one_line_errors():
-            evaluation.main(evaluation.tyro.cli(evaluation.Config, args=list(map(str, arguments)), use_underscores=True))
+            evaluation.main(evaluation.tyro.cli(evaluation.Config, args=list(map(str, arguments)),
+                                                use_underscores=True))
     except SystemExit as end:
         return end.code
     return 0
@@ -414,20 +461,24 @@ def heads(*arguments):
 
 def test_heads_on_one_base_are_the_models_by_themselves(sft_run, grpo_run, tmp_path, capsys):
     flags = ["--task", "medmcqa", "--eval_size", 12, "--max_completion_length", 24, "--mode", "both"]
-    assert heads(*flags, "--out", tmp_path / "all", "--models", "base=tiny", f"sft=tiny+{sft_run}/model", f"grpo=tiny+{grpo_run}/model") == 0
+    assert heads(*flags, "--out", tmp_path / "all", "--models", "base=tiny", f"sft=tiny+{sft_run}/model",
+                 f"grpo=tiny+{grpo_run}/model") == 0
     assert capsys.readouterr().out.count("model: tiny") == 1  # the base is loaded once
     lines = [json.loads(line) for line in (tmp_path / "all" / "results.jsonl").read_text().splitlines()]
     summary = json.loads((tmp_path / "all" / "summary.json").read_text())
     assert len(lines) == 12 and list(summary["heads"]) == ["base", "sft", "grpo"]
-    assert len(summary["paired"]) == 6 and {"generated", "loglikelihood"} == {test["mode"] for test in summary["paired"]}
+    assert len(summary["paired"]) == 6
+    assert {"generated", "loglikelihood"} == {test["mode"] for test in summary["paired"]}
     assert (tmp_path / "all" / "report.html").read_text().startswith("<!")
     for name, model in (("base", "tiny"), ("sft", sft_run / "model"), ("grpo", grpo_run / "model")):
         assert heads(*flags, "--model", model, "--out", tmp_path / name) == 0
         alone = [json.loads(line) for line in (tmp_path / name / "eval.jsonl").read_text().splitlines()]
-        assert [line["answers"][name]["completion"] for line in lines] == [record["completion"] for record in alone]
+        assert [line["answers"][name]["completion"]
+                for line in lines] == [record["completion"] for record in alone]
         likelihood = json.loads((tmp_path / name / "summary.json").read_text())["loglikelihood"]
         assert likelihood == summary["heads"][name]["loglikelihood"]
-    completions = [[line["answers"][name]["completion"] for line in lines] for name in ("base", "sft", "grpo")]
+    completions = [[line["answers"][name]["completion"] for line in lines]
+                   for name in ("base", "sft", "grpo")]
     assert completions[0] != completions[1]  # the adapter does something
 
 
@@ -478,7 +529,8 @@ def test_option_likelihoods_follow_the_harness_rule(task, family, family_folder,
 
 @pytest.mark.parametrize("task", ["medmcqa", "pubmedqa"])
 def test_option_likelihoods_are_lm_evals(task, sft_run, tmp_path):
-    """lm-evaluation-harness itself, where it is installed (0.4.13 was), on the base with the adapter merged."""
+    """lm-evaluation-harness itself, where it is installed (0.4.13 was), on the base with the adapter merged.
+    """
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
     from lm_eval.tasks.medmcqa import utils_medmcqa

@@ -7,21 +7,21 @@ import sys
 from statistics import fmean
 
 import pytest
+import real_models
 import torch
+from conftest import ROOT
+from test_cli import command, metrics
+from test_survival import check_same, crash_in_step, launch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import eval as evaluation
 import grpo_ecg
 import grpo_medmcqa
 import grpo_pubmedqa
-import real_models
 import rewards
 import sft
-from conftest import ROOT
 from data import InputError, medmcqa, pubmedqa
 from data.run import Run, collapse_warnings
-from test_cli import command, metrics
-from test_survival import check_same, crash_in_step, launch
 
 # === answers that are all the same ==========================================================================
 

@@ -30,8 +30,8 @@ def make_rows(n=120):
              "options": ["one", "two", HOSTILE, "four"],
              "ground_truth": "ABCD"[i % 4], "subject": "Cardiology" if i % 3 else "<i>Anatomy</i>",
              "answers": {head: {"answer": "A" if i >> bit & 1 else HOSTILE, "accuracy": float(i >> bit & 1),
-                                "completion": f"needle{i}. {HOSTILE}" + " long" * 40} for bit,
-                         head in enumerate(HEADS)}}
+                                "completion": f"needle{i}. {HOSTILE}" + " long" * 40}
+                         for bit, head in enumerate(HEADS)}}
             for i in range(n)]
 
 

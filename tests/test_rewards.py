@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import rewards
 
 GOOD = "<reasoning>\nIt fell.\n</reasoning>\n<answer>\nyes\n</answer>"
-PROMPT = ("Read the abstract and answer the question with yes or no. First reason, then answer, in this form:\n<reasoning>\n...\n"
-          "</reasoning>\n<answer>\n...\n</answer>")
+PROMPT = ("Read the abstract and answer the question with yes or no. First reason, then answer, in this "
+          "form:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>")
 
 
 def answer(text):
@@ -80,7 +80,8 @@ TABLE = [
     ("prompt echoed, then answered", PROMPT + GOOD, 0.0, 0.0),
     ("ground truth echoed in attributes", '<answer value="yes"></answer>', 0.0, 0.2),
     ("10,000 tags", "<answer>yes</answer>" * 10_000, 0.0, 0.0),
-    ("10,000 opening tags and one answer", "<reasoning>" * 10_000 + "</reasoning><answer>yes</answer>", 2.0, 0.6),
+    ("10,000 opening tags and one answer", "<reasoning>" * 10_000 + "</reasoning><answer>yes</answer>", 2.0,
+     0.6),
     ("null byte in the answer", answer("yes\0"), 0.0, 0.8),
     ("HTML entity", answer("y&#101;s"), 0.0, 0.8),
 ]
@@ -113,7 +114,8 @@ def test_an_unknown_data_source_is_named():
 
 
 @settings(max_examples=1000, deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([*rewards.TAGS["pubmedqa"], "yes", "no", "\n"])), max_size=12))
+@given(st.lists(st.one_of(st.text(max_size=20),
+                          st.sampled_from([*rewards.TAGS["pubmedqa"], "yes", "no", "\n"])), max_size=12))
 def test_any_text_gets_a_bounded_score_and_only_one_truth_is_right(pieces):
     text = "".join(pieces)
     results = [rewards.compute_score("pubmedqa", text, truth) for truth in ("yes", "no", "maybe")]
@@ -128,10 +130,14 @@ def test_a_megabyte_is_scored_at_once():
 
 
 def test_the_file_stands_alone():
-    """Other engines load rewards.py by path: no import of the project, no dataclass with postponed annotations."""
+    """Other engines load rewards.py by path: no import of the project, no dataclass with postponed
+    annotations.
+    """
     path = Path(rewards.__file__)
-    imported = {name.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for name in node.names}
-    imported |= {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+    imported = {name.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)
+                for name in node.names}
+    imported |= {node.module for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, ast.ImportFrom)}
     assert not {name.split(".")[0] for name in imported} & {"data", "eval", "sft", "__future__"}
     spec = importlib.util.spec_from_file_location("custom_module", path)  # as verl does, without sys.modules
     module = importlib.util.module_from_spec(spec)

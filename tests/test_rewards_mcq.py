@@ -1,4 +1,5 @@
-"""MedMCQA's reward can't be cheated: adversarial completions, options and reasonings, and what each must get."""
+"""MedMCQA's reward can't be cheated: adversarial completions, options and reasonings, and what each must get.
+"""
 import importlib.util
 import math
 import shutil
@@ -102,7 +103,8 @@ TABLE = [
     ("two equal solution blocks", GOOD + f"{OPEN}B{CLOSE}", 0, 0.1, True),
     ("solution before reasoning", f"{OPEN}B{CLOSE}{START}{REASON}{END}", 0, 0, True),
     ("solution in the reasoning", f"{START}{REASON}{OPEN}B{CLOSE}{END}", 0, 0.05, True),
-    ("solution in the reasoning and after it", f"{START}{REASON}{OPEN}A{CLOSE}{END}{OPEN}B{CLOSE}", 0, 0.05, True),
+    ("solution in the reasoning and after it", f"{START}{REASON}{OPEN}A{CLOSE}{END}{OPEN}B{CLOSE}", 0, 0.05,
+     True),
     ("reasoning in the solution", f"{OPEN}{START}{REASON}{END}B{CLOSE}", 0, 0.05, True),
     ("a tag in the answer", done(f"{START}B"), 0, 0.05, False),
     ("solution in solution", done(f"{OPEN}B{CLOSE}"), 0, 0.1, True),
@@ -128,14 +130,16 @@ TABLE = [
     ("question copied", done("B", QUESTION), 1, 0.2, False),
     ("question in another order", done("B", " ".join(reversed(QUESTION.upper().split()))), 1, 0.2, False),
     ("question with repeated words", done("B", (QUESTION + " pain, pain; drug! ") * 9), 1, 0.2, False),
-    ("question in full-width letters", done("B", QUESTION.translate({c: c + 0xfee0 for c in range(33, 127)})), 1, 0.2, False),
+    ("question in full-width letters", done("B", QUESTION.translate({c: c + 0xfee0 for c in range(33, 127)})),
+     1, 0.2, False),
     ("question and one word of the explanation", done("B", QUESTION + " receptors"), 1, 0.2, False),
     ("control characters in the reasoning", done("B", "It\0binds\x07mu\x1breceptors\u202e"), 1, 0.2, True),
     ("10,000 tags", f"{OPEN}B{CLOSE}" * 10_000, 0, 0, False),
 ]
 
 
-@pytest.mark.parametrize("what, completion, correctness, format, similar", TABLE, ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize("what, completion, correctness, format, similar", TABLE,
+                         ids=[row[0] for row in TABLE])
 def test_adversarial_completions(what, completion, correctness, format, similar):
     result = score(completion)
     assert result["correctness"] == correctness and result["accuracy"] == correctness
@@ -186,7 +190,8 @@ PARSED = [
 @pytest.mark.parametrize("options, answer, letter", PARSED)
 def test_which_option_an_answer_names(options, answer, letter):
     assert rewards.parse_option(done(answer), TAGS, options) == letter
-    result = score(done(answer), letter, {"options": np.array(options, dtype=object)})  # as parquet readers return lists
+    # as parquet readers return lists
+    result = score(done(answer), letter, {"options": np.array(options, dtype=object)})
     assert result["answer"] == letter and result["accuracy"] == (letter != "")
 
 
@@ -211,23 +216,26 @@ def test_without_options_letters_alone_count(extra):
 
 def test_the_weights_are_knobs():
     best = done("B", EXPLANATION)
-    assert score(best, correct_weight=3.0, tag_weight=0.5, similarity_weight=2.0)["score"] == pytest.approx(7.0)
+    assert score(best, correct_weight=3.0, tag_weight=0.5,
+                 similarity_weight=2.0)["score"] == pytest.approx(7.0)
     assert score(best, similarity_weight=0.0)["score"] == pytest.approx(1.2)
     assert score(best, correct_weight=0, tag_weight=0)["score"] == pytest.approx(0.4)
 
 
-# === reasoning ========================================================================================================
+# === reasoning ==============================================================================================
 
 
 @pytest.mark.parametrize("reasoning", [EXPLANATION, EXPLANATION.upper(), f"{EXPLANATION} {EXPLANATION}",
-                                       " ".join(EXPLANATION.split()[::-1]), "The " + EXPLANATION.replace(" ", ", ")])
+                                       " ".join(EXPLANATION.split()[::-1]), "The "
+                                       + EXPLANATION.replace(" ", ", ")])
 def test_the_explanation_word_for_word_earns_all_of_the_similarity(reasoning):
     assert score(done("A", reasoning))["similarity"] == pytest.approx(0.4)
 
 
 def test_similarity_is_the_f1_of_the_words_that_the_question_lacks():
     assert rewards.overlap("red green blue", "red green gold iron", "") == pytest.approx(2 * 2 / (3 + 4))
-    assert rewards.overlap("the pain of RED green", "pain: red, gold", "Is it pain?") == pytest.approx(2 * 1 / (2 + 2))
+    assert rewards.overlap("the pain of RED green", "pain: red, gold",
+                           "Is it pain?") == pytest.approx(2 * 1 / (2 + 2))
     for nothing in (("", "red", ""), ("red", "", ""), ("red", "red", "Red!"), ("blue", "red", "")):
         assert rewards.overlap(*nothing) == 0 == rewards.similarity(*nothing)
     assert rewards.similarity("q1 q2 q3 q4 red", "red", "q1 q2 q3 q4") == 1  # a fifth of its words is its own
@@ -245,12 +253,15 @@ def test_without_an_explanation_or_question_reasoning_earns_nothing_or_its_overl
     for explanation in (None, "", " \n", "..."):
         assert score(done("B", QUESTION), extra={**EXTRA, "explanation": explanation})["similarity"] == 0
     assert score(GOOD, extra={"options": OPTIONS})["score"] == pytest.approx(1.2)
-    assert score(done("B", EXPLANATION), extra={**EXTRA, "question": None})["similarity"] == pytest.approx(0.4)
+    assert score(done("B", EXPLANATION),
+                 extra={**EXTRA, "question": None})["similarity"] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("text, block", [
-    (GOOD, REASON), (done("B", "  a\nb "), "a\nb"), (f"{START}{END}", ""), (f"{END}a{START}", ""), (f"{END}a{START}b", ""),
-    (f"{START}a", ""), (f"a{END}", ""), (f"{START}a{START}b{END}", ""), (f"{START}a{END}b{END}", ""), ("", ""),
+    (GOOD, REASON), (done("B", "  a\nb "), "a\nb"), (f"{START}{END}", ""), (f"{END}a{START}", ""),
+    (f"{END}a{START}b", ""),
+    (f"{START}a", ""), (f"a{END}", ""), (f"{START}a{START}b{END}", ""), (f"{START}a{END}b{END}", ""),
+    ("", ""),
     (f"x{START}a{OPEN}b{END}y", f"a{OPEN}b"),
 ])
 def test_the_reasoning_is_what_stands_between_its_two_tags(text, block):
@@ -259,8 +270,10 @@ def test_the_reasoning_is_what_stands_between_its_two_tags(text, block):
 
 def test_a_megabyte_is_scored_in_a_second():
     words = " ".join(f"w{i}" for i in range(130_000))
-    for text in (done("B", words), done("B", "\ufdfa" * 300_000), done("B", "a" * 1_000_000), done("B " * 500_000),
-                 done("B", " ".join([EXPLANATION] * 12_000)), "<" * 1_000_000, done("(" * 1_000_000), START * 50_000,
+    for text in (done("B", words), done("B", "\ufdfa" * 300_000), done("B", "a" * 1_000_000),
+                 done("B " * 500_000),
+                 done("B", " ".join([EXPLANATION] * 12_000)), "<" * 1_000_000, done("(" * 1_000_000),
+                 START * 50_000,
                  GOOD + " " * 1_000_000):
         begin = time.perf_counter()
         result = score(text)
@@ -271,20 +284,23 @@ def test_a_megabyte_is_scored_in_a_second():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([*TAGS, "A", "B", "c", "(", ")", ". ", " or ", "\n", *OPTIONS,
-                                                                QUESTION, EXPLANATION])), max_size=12),
+@given(st.lists(st.one_of(st.text(max_size=20),
+                          st.sampled_from([*TAGS, "A", "B", "c", "(", ")", ". ", " or ", "\n", *OPTIONS,
+                                          QUESTION, EXPLANATION])), max_size=12),
        st.sampled_from([EXTRA, {"options": ["B", "A. x", "", "b"], "question": "", "explanation": "a b c"}]))
 def test_any_text_gets_a_bounded_score_and_only_one_truth_is_right(pieces, extra):
     for text in ("".join(pieces), done("".join(pieces)), done("B", "".join(pieces))):
         results = [score(text, truth, extra) for truth in "ABCD"]
         for result in results:
-            assert 0 <= result["score"] <= 1.6 + 1e-9 and all(math.isfinite(v) for k, v in result.items() if k != "answer")
-            assert result["score"] == pytest.approx(result["correctness"] + result["format"] + result["similarity"])
+            assert 0 <= result["score"] <= 1.6 + 1e-9
+            assert all(math.isfinite(v) for k, v in result.items() if k != "answer")
+            assert result["score"] == pytest.approx(result["correctness"] + result["format"]
+                                                    + result["similarity"])
         assert results[0]["answer"] in ("", *"ABCD")
         assert sum(result["accuracy"] for result in results) == (results[0]["answer"] != "")
 
 
-# === reasoning by embeddings ==========================================================================================
+# === reasoning by embeddings ================================================================================
 
 
 @pytest.fixture(scope="module")
@@ -294,14 +310,18 @@ def encoder(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("encoder"))
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "?", *letters, *("##" + letter for letter in letters)]
-    pieces += sorted({word for word in f"{QUESTION} {EXPLANATION} {REASON}".lower().replace(".", "").split() if len(word) > 1})
+    pieces += sorted({word for word in f"{QUESTION} {EXPLANATION} {REASON}".lower().replace(".", "").split()
+                      if len(word) > 1})
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (normalizers.BertNormalizer(),
+                                                     pre_tokenizers.BertPreTokenizer())
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
+                                         cls_token="[CLS]",
                                          sep_token="[SEP]").save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=len(pieces), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    config = transformers.BertConfig(vocab_size=len(pieces), hidden_size=32, num_hidden_layers=2,
+                                     num_attention_heads=4,
                                      intermediate_size=48, max_position_embeddings=256, initializer_range=0.5)
     transformers.BertModel(config).save_pretrained(folder)
     return folder
@@ -309,7 +329,8 @@ def encoder(tmp_path_factory):
 
 def cosine(folder, one, two):
     """Mean pooling of a padded batch under its attention mask, as the card of all-MiniLM-L6-v2 writes it."""
-    tokenizer, model = transformers.AutoTokenizer.from_pretrained(folder), transformers.BertModel.from_pretrained(folder).eval()
+    tokenizer, model = (transformers.AutoTokenizer.from_pretrained(folder),
+                        transformers.BertModel.from_pretrained(folder).eval())
     inputs = tokenizer([one, two], padding=True, truncation=True, max_length=256, return_tensors="pt")
     with torch.no_grad():
         hidden = model(**inputs).last_hidden_state
@@ -318,14 +339,18 @@ def cosine(folder, one, two):
     return float(torch.nn.functional.cosine_similarity(pooled[0], pooled[1], dim=0))
 
 
-@pytest.mark.parametrize("reasoning", [REASON, "Receptors.", "Coral reefs bleach when oceans warm", "It binds mu " * 200])
+@pytest.mark.parametrize("reasoning",
+                         [REASON, "Receptors.", "Coral reefs bleach when oceans warm", "It binds mu " * 200])
 def test_the_encoder_s_similarity_is_what_the_cosine_gains_on_the_question(encoder, reasoning):
     near, start = cosine(encoder, reasoning.strip(), EXPLANATION), cosine(encoder, QUESTION, EXPLANATION)
     assert near < 0.999 and start < 0.999
     expected = max(0, (near - start) / (1 - start))
-    assert rewards.similarity(reasoning.strip(), EXPLANATION, QUESTION, encoder) == pytest.approx(expected, abs=1e-3)
-    assert score(done("B", reasoning), encoder=encoder)["similarity"] == pytest.approx(0.4 * expected, abs=1e-3)
-    assert rewards.similarity(reasoning.strip(), EXPLANATION, "", encoder) == pytest.approx(max(0, near), abs=1e-4)
+    assert rewards.similarity(reasoning.strip(), EXPLANATION, QUESTION,
+                              encoder) == pytest.approx(expected, abs=1e-3)
+    assert score(done("B", reasoning),
+                 encoder=encoder)["similarity"] == pytest.approx(0.4 * expected, abs=1e-3)
+    assert rewards.similarity(reasoning.strip(), EXPLANATION, "",
+                              encoder) == pytest.approx(max(0, near), abs=1e-4)
 
 
 def test_an_encoder_tells_the_same_text_from_another_and_from_the_question(encoder):
@@ -349,12 +374,14 @@ def test_a_cosine_stays_between_nothing_and_all(monkeypatch, cosine, share):
 def test_the_encoder_is_loaded_once(encoder, tmp_path, monkeypatch):
     folder, loaded, auto = str(shutil.copytree(encoder, tmp_path / "copy")), [], transformers.AutoModel
     load = auto.from_pretrained
-    monkeypatch.setattr(auto, "from_pretrained", lambda name, **knobs: loaded.append(name) or load(name, **knobs))
+    monkeypatch.setattr(auto, "from_pretrained", lambda name, **knobs: loaded.append(name)
+                        or load(name, **knobs))
     score(done("B", QUESTION), encoder=folder)
     assert loaded == []  # nothing to embed
     results = [score(done(letter, f"{REASON} {letter}"), encoder=folder) for letter in "XYZ"]
     assert loaded == [folder] and len({result["similarity"] for result in results}) == 3
-    assert [score(done(letter, f"{REASON} {letter}"), encoder=folder) for letter in "XYZ"] == results and loaded == [folder]
+    assert [score(done(letter, f"{REASON} {letter}"), encoder=folder) for letter in "XYZ"] == results
+    assert loaded == [folder]
 
 
 def test_an_encoder_that_cannot_be_had_is_an_error_not_a_score(tmp_path):
@@ -363,11 +390,14 @@ def test_an_encoder_that_cannot_be_had_is_an_error_not_a_score(tmp_path):
 
 
 def test_other_engines_load_the_file_by_path(encoder):
-    spec = importlib.util.spec_from_file_location("custom_module", rewards.__file__)  # as verl does, without sys.modules
+    # as verl does, without sys.modules
+    spec = importlib.util.spec_from_file_location("custom_module", rewards.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    extra = {**EXTRA, "options": np.array(OPTIONS, dtype=object), "index": 3}  # a list that came back from parquet
+    # a list that came back from parquet
+    extra = {**EXTRA, "options": np.array(OPTIONS, dtype=object), "index": 3}
     for knobs in ({}, {"encoder": encoder}):
-        result = module.compute_score(data_source="medmcqa", solution_str=done("B", EXPLANATION), ground_truth="B",
+        result = module.compute_score(data_source="medmcqa", solution_str=done("B", EXPLANATION),
+                                      ground_truth="B",
                                       extra_info=extra, **knobs)
         assert result["score"] == pytest.approx(1.6)

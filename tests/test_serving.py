@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import ROOT, save_family
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
@@ -20,7 +21,6 @@ import grpo_ecg
 import grpo_medmcqa
 import grpo_pubmedqa
 import sft
-from conftest import ROOT, save_family
 from data import one_line_errors
 
 TINY = str(ROOT / "data" / "tiny")

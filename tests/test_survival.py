@@ -1,4 +1,6 @@
-"""Runs that survive: killed at any moment, starved of memory and disk, fed NaN, cut-off files and any text at all."""
+"""Runs that survive: killed at any moment, starved of memory and disk, fed NaN, cut-off files and any text at
+all.
+"""
 import gc
 import json
 import math
@@ -15,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, save_family
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_cli import metrics, same_but_for_clocks
 
 import eval as evaluation
 import grpo_ecg
@@ -25,23 +29,27 @@ import grpo_medmcqa
 import grpo_pubmedqa
 import rewards
 import sft
-from conftest import ROOT, save_family
 from data import ecg, load_task, one_line_errors, printable, pubmedqa
 from data.run import Run, collapse_warnings, not_finite
-from test_cli import metrics, same_but_for_clocks
 
-GRPO = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size", "4", "--eval_size", "4", "--warmup", "0",
-        "--max_completion_length", "24", "--save_every", "2", "--eval_every", "3", "--ref_every", "3", "--beta", "0.01", "--limit", "200"]
-SFT = ["--model", "tiny", "--data", "builtin", "--task", "medmcqa", "--limit", "48", "--num_epochs", "2", "--eval_size", "4", "--batch_size", "16",
+GRPO = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size",
+        "4", "--eval_size", "4", "--warmup", "0",
+        "--max_completion_length", "24", "--save_every", "2", "--eval_every", "3", "--ref_every", "3",
+        "--beta", "0.01", "--limit", "200"]
+SFT = ["--model", "tiny", "--data", "builtin", "--task", "medmcqa", "--limit", "48", "--num_epochs", "2",
+       "--eval_size", "4", "--batch_size", "16",
        "--max_completion_length", "24", "--eval_every", "3", "--save_every", "2"]
-RUNS = {grpo_pubmedqa: GRPO, grpo_medmcqa: [*GRPO, "--adapter", "none", "--resample_zero_std", "0", "--no_mask_truncated"],
+RUNS = {grpo_pubmedqa: GRPO,
+        grpo_medmcqa: [*GRPO, "--adapter", "none", "--resample_zero_std", "0", "--no_mask_truncated"],
         grpo_ecg: [*GRPO, "--adapter", "none", "--resample_zero_std", "0", "--no_mask_truncated"], sft: SFT}
 scripts = pytest.mark.parametrize("script", RUNS, ids=lambda script: script.__name__)
 grpo_scripts = pytest.mark.parametrize("script", list(RUNS)[:3], ids=lambda script: script.__name__)
 
 
 def launch(script, *arguments):
-    """A script's main in this process; returns the exit code. What a dead process leaves to the kernel is given back here."""
+    """A script's main in this process; returns the exit code. What a dead process leaves to the kernel is
+    given back here.
+    """
     try:
         with one_line_errors():
             script.main(script.parse(list(map(str, arguments))))
@@ -101,22 +109,25 @@ def check_same(script, one, two):
     """Weights, metrics, samples and evaluations of two runs are the same to the bit."""
     file = "model.safetensors" if script is grpo_pubmedqa else "adapter_model.safetensors"
     weights = [load_file(folder / "model" / file) for folder in (one, two)]
-    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert same_but_for_clocks(metrics(one)) == same_but_for_clocks(metrics(two))
     for name in ("eval_before.jsonl", "eval_after.jsonl", *(["samples.jsonl"] if script is not sft else [])):
         assert (one / name).read_text() == (two / name).read_text()
 
 
-# === killed =============================================================================================================
+# === killed =================================================================================================
 
 
 def start(script, folder, *more):
-    return subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *RUNS[script], "--save_every", "1", "--out", str(folder), *more],
+    return subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *RUNS[script],
+                             "--save_every", "1", "--out", str(folder), *more],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_and_resume(script, folder, kills, generator):
-    """Kills a run with SIGKILL again and again, every third time inside a checkpoint write, resumes it each time, and lets it end.
+    """Kills a run with SIGKILL again and again, every third time inside a checkpoint write, resumes it each
+    time, and lets it end.
 
     Returns (kills, of these inside a checkpoint write).
     """
@@ -169,7 +180,8 @@ def test_killed_many_times(script, tmp_path):
     assert process.communicate() and process.returncode == 0
     killed, inside = kill_and_resume(script, tmp_path / "run", 7, random.Random(script.__name__))
     assert killed == 7 and inside >= 1
-    print(f"{script.__name__}: {killed} kills, {inside} inside a checkpoint write, weights the same to the bit")
+    print(f"{script.__name__}: {killed} kills, {inside} inside a checkpoint write, weights the same to the "
+          "bit")
 
 
 @scripts
@@ -198,7 +210,9 @@ def test_killed_between_the_two_renames(whole, tmp_path, monkeypatch):
     (folder / "checkpoint").rename(folder / "checkpoint.old")
     kept = []  # the old one must be there until the new one is
     usual = torch.save
-    monkeypatch.setattr(torch, "save", lambda *a: (kept.append((folder / "checkpoint.old" / "state.pt").exists() or (folder / "checkpoint").exists()), usual(*a)))
+    monkeypatch.setattr(torch, "save",
+                        lambda *a: (kept.append((folder / "checkpoint.old" / "state.pt").exists()
+                                                or (folder / "checkpoint").exists()), usual(*a)))
     assert launch(grpo_pubmedqa, *GRPO, "--out", folder, "--resume") == 0
     assert len(kept) == 2 and all(kept)
     check_same(grpo_pubmedqa, folder, whole(grpo_pubmedqa))
@@ -234,7 +248,8 @@ def test_sigterm_in_an_evaluation_ends_the_run_at_once(script, title, whole, tmp
     with monkeypatch.context() as context:
         context.setattr(evaluation, "evaluate", killing)
         assert launch(script, *RUNS[script], "--out", tmp_path / "run") == 128 + signal.SIGTERM
-    assert f"--out {tmp_path / 'run'} --resume" in capsys.readouterr().out and not (tmp_path / "run" / f"eval_{title}.jsonl").exists()
+    assert f"--out {tmp_path / 'run'} --resume" in capsys.readouterr().out
+    assert not (tmp_path / "run" / f"eval_{title}.jsonl").exists()
     assert launch(script, *RUNS[script], "--out", tmp_path / "run", "--resume") == 0
     check_same(script, tmp_path / "run", whole(script))
 
@@ -256,10 +271,12 @@ def test_two_runs_at_once_and_no_lock_stuck_after_a_kill(tmp_path, capsys):
 
 def test_what_may_change_on_resume(whole, tmp_path, monkeypatch, capsys):
     folder = unfinished(monkeypatch, grpo_pubmedqa, tmp_path / "run")
-    for flags in (["--group_size", "3"], ["--learning_rate", "0.5"], ["--seed", "3"], ["--max_completion_length", "25"]):
+    for flags in (["--group_size", "3"], ["--learning_rate", "0.5"], ["--seed", "3"],
+                  ["--max_completion_length", "25"]):
         assert launch(grpo_pubmedqa, *GRPO, *flags, "--out", folder, "--resume") == 2
         assert flags[0] in one_line(capsys.readouterr().err)
-    assert launch(grpo_pubmedqa, *GRPO, "--completions_per_forward", "2", "--eval_batch_size", "2", "--out", folder, "--resume") == 0
+    assert launch(grpo_pubmedqa, *GRPO, "--completions_per_forward", "2", "--eval_batch_size", "2", "--out",
+                  folder, "--resume") == 0
     assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["completions_per_forward"] == 2
 
 
@@ -561,7 +578,7 @@ def test_a_full_disk_under_config_json_does_not_block_the_folder(tmp_path, monke
     begun(tmp_path / "run")
 
 
-# === fed NaN ============================================================================================================
+# === fed NaN ================================================================================================
 
 
 def poisoned(usual, bad):
@@ -584,19 +601,24 @@ def test_a_reward_that_is_nan(script, tmp_path, monkeypatch, capsys):
     once, often = tmp_path / "once", tmp_path / "often"
     usual = script.score
     monkeypatch.setattr(script, "score", poisoned(usual, in_steps(once, 2, 3, 5)))
-    monkeypatch.setattr(grpo_ecg.evaluation, "evaluate", lambda *a, usual_evaluate=evaluation.evaluate, **o: usual_evaluate(*a, **{**o, "score": evaluation.score_completions}))
+    monkeypatch.setattr(grpo_ecg.evaluation, "evaluate", lambda *a, usual_evaluate=evaluation.evaluate,
+                        **o: usual_evaluate(*a, **{**o, "score": evaluation.score_completions}))
     assert launch(script, *RUNS[script], "--out", once) == 0  # never three in a row
     assert [record["skipped_updates"] for record in metrics(once)] == [0, 1, 1, 0, 1, 0]
     file = "model.safetensors" if script is grpo_pubmedqa else "adapter_model.safetensors"
     assert all(weight.isfinite().all() for weight in load_file(once / "model" / file).values())
     dump = json.loads((once / "bad_batch_3.json").read_text())
-    assert dump["step"] == 3 and "rewards" in dump["not_finite"] and len(dump["batch"]) == 2 and len(dump["batch"][0]["texts"]) == 4
+    assert dump["step"] == 3 and "rewards" in dump["not_finite"] and len(dump["batch"]) == 2
+    assert len(dump["batch"][0]["texts"]) == 4
     capsys.readouterr()
     monkeypatch.setattr(script, "score", poisoned(usual, in_steps(often, *range(3, 99))))
     assert launch(script, *RUNS[script], "--out", often) == 2
     error = one_line(capsys.readouterr().err)
-    assert "step 5: rewards" in error and "reward function" in error and "the checkpoint of step 4 is kept" in error
-    assert sorted(path.name for path in often.glob("bad_batch_*")) == ["bad_batch_3.json", "bad_batch_4.json", "bad_batch_5.json"]
+    assert "step 5: rewards" in error and "reward function" in error
+    assert "the checkpoint of step 4 is kept" in error
+    assert sorted(path.name
+                  for path in often.glob("bad_batch_*")) == ["bad_batch_3.json", "bad_batch_4.json",
+                                                             "bad_batch_5.json"]
     assert len(metrics(often)) == 4 and not (often / "summary.json").exists()
 
 
@@ -614,7 +636,8 @@ def test_a_parameter_that_is_infinite(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, name, breaking)
     assert launch(script, *RUNS[script], "--eval_every", 0, "--out", tmp_path / "run") == 2
     error = one_line(capsys.readouterr().err)
-    assert "step 5" in error and "not finite" in error and "--learning_rate" in error and "the checkpoint of step 4 is kept" in error
+    assert "step 5" in error and "not finite" in error and "--learning_rate" in error
+    assert "the checkpoint of step 4 is kept" in error
     assert [record["skipped_updates"] for record in metrics(tmp_path / "run")] == [0, 0, 1, 1]
 
 
@@ -660,7 +683,8 @@ def test_collapses_are_warned_about_once(tmp_path):
         return said
 
     assert watch() == [] and watch(entropy=0.001, accuracy=0.95) == []
-    for changes, words in (({"kl": 3.0}, "--beta"), ({"entropy": 0.001}, "--temperature"), ({"zero_std_groups": 4}, "--group_size")):
+    for changes, words in (({"kl": 3.0}, "--beta"), ({"entropy": 0.001}, "--temperature"),
+                           ({"zero_std_groups": 4}, "--group_size")):
         [said] = watch(**changes)
         assert words in said and "WARNING: step" in said
 
@@ -683,13 +707,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_stays_with_the_process():
-    """New pages that eight turns of additions take, once warm: few, where the C library otherwise takes all of them anew."""
-    faults = [int(subprocess.run([sys.executable, "-c", PAGES.format(root=str(ROOT), kept=kept)], capture_output=True, text=True,
+    """New pages that eight turns of additions take, once warm: few, where the C library otherwise takes all
+    of them anew.
+    """
+    faults = [int(subprocess.run([sys.executable, "-c", PAGES.format(root=str(ROOT), kept=kept)],
+                                 capture_output=True, text=True,
                                  check=True).stdout) for kept in (False, True)]
     assert faults[0] > 200_000 and faults[1] < faults[0] / 20
 
 
-# === starved ============================================================================================================
+# === starved ================================================================================================
 
 
 def allocate_too_much():
@@ -706,10 +733,13 @@ def failing(usual, fails):
 
 
 @grpo_scripts
-def test_out_of_memory_once_halves_the_forward_pass_and_repeats_the_step(script, whole, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_once_halves_the_forward_pass_and_repeats_the_step(script, whole, tmp_path, monkeypatch,
+                                                                         capsys):
     calls = []
     with monkeypatch.context() as context:
-        context.setattr(script, "grpo_loss", failing(script.grpo_loss, lambda: calls.append(1) or len(calls) == 4))  # step 2, second group
+        # step 2, second group
+        context.setattr(script, "grpo_loss",
+                        failing(script.grpo_loss, lambda: calls.append(1) or len(calls) == 4))
         crash_in_step(context, script, 4)
         assert launch(script, *RUNS[script], "--out", tmp_path / "run") == 130
     assert "--completions_per_forward 2" in capsys.readouterr().err
@@ -717,25 +747,32 @@ def test_out_of_memory_once_halves_the_forward_pass_and_repeats_the_step(script,
     assert state["step"] == 2 and state["completions_per_forward"] == 2
     parts = []
     monkeypatch.setattr(script, "grpo_loss", failing(script.grpo_loss, lambda: parts.append(1) and False))
-    assert launch(script, *RUNS[script], "--out", tmp_path / "run", "--resume") == 0  # the same command goes on with 2
+    # the same command goes on with 2
+    assert launch(script, *RUNS[script], "--out", tmp_path / "run", "--resume") == 0
     assert len(parts) == 4 * 2 * 2
-    for one, two in zip(metrics(tmp_path / "run")[:2], metrics(whole(script))[:2]):  # the gradient was that of one attempt
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4) and one["loss"] == pytest.approx(two["loss"], abs=1e-6)
+    for one, two in zip(metrics(tmp_path / "run")[:2], metrics(whole(script))[:2]):
+        # the gradient was that of one attempt
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
 
 
 def test_out_of_memory_for_good_names_the_settings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grpo_medmcqa, "grpo_loss", failing(grpo_medmcqa.grpo_loss, lambda: True))
     assert launch(grpo_medmcqa, *RUNS[grpo_medmcqa], "--out", tmp_path / "run") == 2
     error = one_line(capsys.readouterr().err)
-    assert all(word in error for word in ("--completions_per_forward 1", "--max_completion_length", "--load_in_4bit", "--beta 0"))
+    assert all(word in error
+               for word in ("--completions_per_forward 1", "--max_completion_length", "--load_in_4bit",
+                            "--beta 0"))
 
 
 def test_out_of_memory_in_the_reference_pass_and_in_sampling(tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(grpo_pubmedqa, "token_logps", failing(grpo_pubmedqa.token_logps, lambda: calls.append(1) or len(calls) == 1))
+    monkeypatch.setattr(grpo_pubmedqa, "token_logps",
+                        failing(grpo_pubmedqa.token_logps, lambda: calls.append(1) or len(calls) == 1))
     assert launch(grpo_pubmedqa, *GRPO, "--steps", 2, "--out", tmp_path / "reference") == 0
     assert "--completions_per_forward 2" in capsys.readouterr().err
-    monkeypatch.setattr(evaluation, "SharedPromptCache", failing(evaluation.SharedPromptCache, in_steps(tmp_path / "sampling", 2)))
+    monkeypatch.setattr(evaluation, "SharedPromptCache",
+                        failing(evaluation.SharedPromptCache, in_steps(tmp_path / "sampling", 2)))
     assert launch(grpo_pubmedqa, *GRPO, "--steps", 2, "--out", tmp_path / "sampling") == 2
     error = one_line(capsys.readouterr().err)
     assert all(word in error for word in ("out of memory in sampling", "--group_size", "--eval_batch_size"))
@@ -765,8 +802,10 @@ def test_a_disk_without_room_for_a_checkpoint_keeps_the_last(script, whole, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = one_line(capsys.readouterr().err)
-    assert code == 2 and "checkpoint.new cannot be written" in error and "the checkpoint of step 2 is whole" in error, error
-    assert (folder / "checkpoint" / "state.pt").read_bytes() == state and not (folder / "checkpoint.new").exists()
+    assert code == 2 and "checkpoint.new cannot be written" in error, error
+    assert "the checkpoint of step 2 is whole" in error, error
+    assert (folder / "checkpoint" / "state.pt").read_bytes() == state
+    assert not (folder / "checkpoint.new").exists()
     assert launch(script, *RUNS[script], "--out", folder, "--resume") == 0
     check_same(script, folder, whole(script))
 
@@ -774,10 +813,12 @@ def test_a_disk_without_room_for_a_checkpoint_keeps_the_last(script, whole, tmp_
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_under_the_log(tmp_path, monkeypatch, capsys):
     usual, log = grpo_pubmedqa.rollout, tmp_path / "run" / "metrics.jsonl"
-    monkeypatch.setattr(grpo_pubmedqa, "rollout", lambda *a: log.exists() or log.symlink_to("/dev/full") or usual(*a))
+    monkeypatch.setattr(grpo_pubmedqa, "rollout", lambda *a: log.exists() or log.symlink_to("/dev/full")
+                        or usual(*a))
     assert launch(grpo_pubmedqa, *GRPO, "--out", tmp_path / "run") == 2
     error = one_line(capsys.readouterr().err)
-    assert "metrics.jsonl cannot be written (No space left on device)" in error and "no checkpoint yet" in error
+    assert "metrics.jsonl cannot be written (No space left on device)" in error
+    assert "no checkpoint yet" in error
 
 
 def test_an_unreadable_data_file(tmp_path, capsys):
@@ -787,26 +828,34 @@ def test_an_unreadable_data_file(tmp_path, capsys):
         assert words in one_line(capsys.readouterr().err) and not (tmp_path / "run").exists()
 
 
-# === fed rubbish ========================================================================================================
+# === fed rubbish ============================================================================================
 
 ROWS = {"pubmedqa": ("yes", {"question": "Does it help?"}),
-        "medmcqa": ("B", {"question": "Which one?", "options": ["aspirin", "iron", "vitamin C", "none of these"], "explanation": "Iron, as in anaemia."}),
-        "ecg_expert_qa": ("Sinus bradycardia, no ST elevation, PR 220 ms.", {"question": "Rate 50, PR 220 ms?"}),
+        "medmcqa": ("B",
+                    {"question": "Which one?", "options": ["aspirin", "iron", "vitamin C", "none of these"],
+                     "explanation": "Iron, as in anaemia."}),
+        "ecg_expert_qa": ("Sinus bradycardia, no ST elevation, PR 220 ms.",
+                          {"question": "Rate 50, PR 220 ms?"}),
         "medical_o1": ("Yes, 3 mg a day for 2 weeks.", {"question": "How much?", "verdict": "yes"})}
 RANGES = {"pubmedqa": (0, 2.8), "medmcqa": (0, 1.6), "ecg_expert_qa": (-1, 1), "medical_o1": (-1, 1)}
 sources = pytest.mark.parametrize("source", ROWS)
 # any text at all, lone surrogates included, mixed with what the parsers look for
 anything = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Z", "C"]), max_size=40)
-pieces = st.sampled_from([*{tag for tags in rewards.TAGS.values() for tag in tags}, "yes", "no", "maybe", "A", "(b).", "iron", "no ST elevation", "PR 220 ms",
-                          "1,5", "-3.5 mg", "²", "٣", "İ", "\u0301", "\x1b[31m", "\u2028", "not", ". ", "\n", "ﬁ", "9" * 30])
+pieces = st.sampled_from([*{tag for tags in rewards.TAGS.values() for tag in tags}, "yes", "no", "maybe", "A",
+                          "(b).", "iron", "no ST elevation", "PR 220 ms",
+                          "1,5", "-3.5 mg", "²", "٣", "İ", "\u0301", "\x1b[31m", "\u2028", "not", ". ", "\n",
+                          "ﬁ", "9" * 30])
 texts = st.lists(st.one_of(pieces, pieces, anything), max_size=12).map("".join)
-PROPERTY = settings(max_examples=2500, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+PROPERTY = settings(max_examples=2500, deadline=None, database=None, derandomize=True,
+                    suppress_health_check=list(HealthCheck))
 
 
 def check_score(source, result):
     low, high = RANGES[source]
-    assert isinstance(result["score"], float) and math.isfinite(result["score"]) and low - 1e-9 <= result["score"] <= high + 1e-9
-    assert result["accuracy"] in (0.0, 1.0) and result["format_ok"] in (0.0, 1.0) and isinstance(result["answer"], str)
+    assert isinstance(result["score"], float) and math.isfinite(result["score"])
+    assert low - 1e-9 <= result["score"] <= high + 1e-9
+    assert result["accuracy"] in (0.0, 1.0) and result["format_ok"] in (0.0, 1.0)
+    assert isinstance(result["answer"], str)
     for part in ("findings", "tokens", "similarity", "format", "brevity", "correctness"):
         assert 0 <= result.get(part, 0) <= (2.0 if part == "correctness" else 1.0) + 1e-9
 
@@ -828,8 +877,11 @@ def test_any_text_has_a_finite_score_that_its_batch_does_not_change(source, batc
 @given(texts, texts, texts)
 def test_any_gold_answer_and_question_too(source, inside, gold, question):
     first, last, opening, closing = rewards.TAGS[source]
-    extra = {**ROWS[source][1], "question": question, "explanation": gold, "options": [gold, question, inside, ""]}
-    check_score(source, rewards.compute_score(source, f"{first}{question}{last}{opening}{inside}{closing}", gold or "x", extra))
+    extra = {**ROWS[source][1], "question": question, "explanation": gold,
+             "options": [gold, question, inside, ""]}
+    check_score(source,
+                rewards.compute_score(source, f"{first}{question}{last}{opening}{inside}{closing}", gold
+                                      or "x", extra))
 
 
 @settings(PROPERTY, max_examples=4000)
@@ -840,16 +892,20 @@ def test_the_parts_of_the_rewards_take_any_text(one, two, three):
         assert rewards.parse_answer(one, tags, ("yes", "no")) in ("yes", "no", "")
         assert rewards.parse_option(one, tags, [two, three]) in ("A", "B", "")
         assert isinstance(rewards.reasoning_block(one, tags), str)
-    for value in (rewards.overlap(one, two, three), rewards.similarity(one, two, three), rewards.token_f1(one, two, three),
+    for value in (rewards.overlap(one, two, three), rewards.similarity(one, two, three),
+                  rewards.token_f1(one, two, three),
                   rewards.findings_f1(one, two, three), rewards.length_guard(one, two)):
         assert value is None or math.isfinite(value) and -1e-9 <= value <= 1 + 1e-9
     assert rewards.verdict(one) in ("yes", "no", "")
     printed = printable(one)
-    assert "\x1b" not in printed and all(c.isprintable() or c == "\n" for c in printed) and len(printed) == len(one)
+    assert "\x1b" not in printed and all(c.isprintable() or c == "\n" for c in printed)
+    assert len(printed) == len(one)
 
 
-MEGABYTE = [" ", "\n", "a", "1", "1,", "1.", "-", "-1 ", "é", "\u0301", "no ", "not no ", ". ", "yes. ", "ST elevation ", "no ST elevation, PR 220 ms. ", "<",
-            "<answer>", "</answer>", "<reasoning>", "</reasoning>", "<SOLUTION>", "(((", "\x00", "𝒜", "t wave ", "long pr ", "mg ", "A. ", "word word2 word3 "]
+MEGABYTE = [" ", "\n", "a", "1", "1,", "1.", "-", "-1 ", "é", "\u0301", "no ", "not no ", ". ", "yes. ",
+            "ST elevation ", "no ST elevation, PR 220 ms. ", "<",
+            "<answer>", "</answer>", "<reasoning>", "</reasoning>", "<SOLUTION>", "(((", "\x00", "𝒜",
+            "t wave ", "long pr ", "mg ", "A. ", "word word2 word3 "]
 
 
 @sources
@@ -859,7 +915,8 @@ def test_a_megabyte_is_scored_in_under_a_second(source):
     slowest = 0.0
     for piece in MEGABYTE:
         filler = (piece * (1_000_000 // len(piece.encode()) + 1))
-        for text in (filler, f"{first}x{last}{opening}{filler}{closing}", f"{first}{filler}{last}{opening}B{closing}"):
+        for text in (filler, f"{first}x{last}{opening}{filler}{closing}",
+                     f"{first}{filler}{last}{opening}B{closing}"):
             begin = time.process_time()  # a busy machine is no slow function
             check_score(source, rewards.compute_score(source, text, truth, extra))
             spent = time.process_time() - begin
@@ -868,12 +925,13 @@ def test_a_megabyte_is_scored_in_under_a_second(source):
     print(f"{source}: {slowest:.2f} s")
 
 
-# === doctor and dry run =================================================================================================
+# === doctor and dry run =====================================================================================
 
 
 def dry_run(script, folder, *flags):
     """(peak, estimate) in GB that --dry_run says, from a process of its own."""
-    done = subprocess.run([sys.executable, str(ROOT / f"{script.__name__}.py"), "--data", "builtin", *map(str, flags), "--dry_run"], cwd=folder,
+    done = subprocess.run([sys.executable, str(ROOT / f"{script.__name__}.py"), "--data", "builtin",
+                           *map(str, flags), "--dry_run"], cwd=folder,
                           capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
     assert done.returncode == 0, done.stderr
     assert not list(folder.iterdir())  # no run folder, and nothing in the temporary one
@@ -894,12 +952,15 @@ def test_dry_run_leaves_nothing(script, tmp_path):
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(h, layers, vocabulary, tmp_path, monkeypatch):
     import conftest
     from transformers import Qwen2Config
-    shape = Qwen2Config(hidden_size=h, intermediate_size=4352, num_hidden_layers=layers, num_attention_heads=h // 64, num_key_value_heads=h // 256,
+    shape = Qwen2Config(hidden_size=h, intermediate_size=4352, num_hidden_layers=layers,
+                        num_attention_heads=h // 64, num_key_value_heads=h // 256,
                         max_position_embeddings=4096, tie_word_embeddings=True)
-    monkeypatch.setitem(conftest.FAMILIES, "qwen2", (conftest.FAMILIES["qwen2"][0], shape, *conftest.FAMILIES["qwen2"][2:]))
+    monkeypatch.setitem(conftest.FAMILIES, "qwen2",
+                        (conftest.FAMILIES["qwen2"][0], shape, *conftest.FAMILIES["qwen2"][2:]))
     model = save_family("qwen2", tmp_path / "model", vocab_size=vocabulary)
     (tmp_path / "empty").mkdir()
-    peak, estimate = dry_run(grpo_pubmedqa, tmp_path / "empty", "--model", model, "--prompts_per_step", 1, "--group_size", 16, "--eval_size", 2,
+    peak, estimate = dry_run(grpo_pubmedqa, tmp_path / "empty", "--model", model, "--prompts_per_step", 1,
+                             "--group_size", 16, "--eval_size", 2,
                              "--max_completion_length", 128, "--eval_batch_size", 2)
     print(f"peak {peak}, estimated {estimate}")
     assert abs(estimate / peak - 1) < 0.15
@@ -920,7 +981,8 @@ def test_the_doctor_warns_and_takes_no_time(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation.importlib.metadata, "version", lambda name: "0.1+cpu")
     evaluation.doctor(config, train, heldout)
     said = capsys.readouterr().out
-    assert "--completions_per_forward 1" in said and "will probably be full" in said and "torch 0.1 is installed" in said
+    assert "--completions_per_forward 1" in said and "will probably be full" in said
+    assert "torch 0.1 is installed" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -928,8 +990,10 @@ def test_memory_is_told_without_proc_too(monkeypatch):  # macOS
     exists, read = Path.exists, Path.read_text
     config = grpo_pubmedqa.Config(model="tiny", data="builtin")
     rows = load_task(pubmedqa, config)
-    monkeypatch.setattr(Path, "exists", lambda path, **options: not str(path).startswith("/proc") and exists(path, **options))
-    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read(path if not str(path).startswith("/proc") else Path("/none"), *a, **k))
+    monkeypatch.setattr(Path, "exists", lambda path, **options: not str(path).startswith("/proc")
+                        and exists(path, **options))
+    monkeypatch.setattr(Path, "read_text", lambda path, *a,
+                        **k: read(path if not str(path).startswith("/proc") else Path("/none"), *a, **k))
     assert evaluation.free_memory() > 1e8 and evaluation.peak_memory_gb() > 0.1
     assert evaluation.doctor(config, *rows[:2]) > 1e8
 
@@ -937,7 +1001,9 @@ def test_memory_is_told_without_proc_too(monkeypatch):  # macOS
 def test_no_code_of_a_model_is_run_and_nobody_is_asked(tmp_path, capsys):
     folder = save_family("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own",
+                                                    "auto_map": {"AutoConfig": "own.Own",
+                                                                 "AutoModelForCausalLM": "own.Own"}}))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert launch(grpo_pubmedqa, *GRPO, "--model", folder, "--out", tmp_path / "run") == 2
     assert "could not be loaded" in one_line(capsys.readouterr().err) and not (tmp_path / "ran").exists()
@@ -945,7 +1011,8 @@ def test_no_code_of_a_model_is_run_and_nobody_is_asked(tmp_path, capsys):
 
 def test_paths_in_a_data_file_are_not_opened_and_escapes_not_printed(tmp_path, capsys):
     (tmp_path / "bait").write_text("SECRET")
-    rows = [{"question": f"{tmp_path / 'bait'} \x1b[31m{i}?", "context": f"file://{tmp_path / 'bait'}", "ground_truth": ("yes", "no")[i % 2]} for i in range(60)]
+    rows = [{"question": f"{tmp_path / 'bait'} \x1b[31m{i}?", "context": f"file://{tmp_path / 'bait'}",
+             "ground_truth": ("yes", "no")[i % 2]} for i in range(60)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "bait").chmod(0)
     before = (tmp_path / "bait").stat().st_atime_ns
