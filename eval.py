@@ -95,10 +95,9 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another system, or another C library
         return
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-    mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, 2**28)
+    mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD of malloc.h
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-2, 2**28)  # M_TOP_PAD
 
 
 # === models =================================================================================================
@@ -619,7 +618,8 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
                 if not going.all():  # finished rows leave the batch
                     completion_mask[active[~going], t + 1:] = False
                     keep = going.nonzero()[:, 0]
-                    active, token, position_ids = active[keep], token[keep], position_ids[keep]
+                    active, token = active[keep], token[keep]
+                    position_ids = position_ids[keep]
                     cache.keep(keep)
                 position_ids, cache.tokens = position_ids + 1, t + 1
                 hidden = decoder(token, position_ids=position_ids, past_key_values=cache, shared=cache)[0]
@@ -696,7 +696,8 @@ class ChosenLogps(torch.autograd.Function):
         chosen = (hidden.float() * weight[tokens].float()).sum(dim=1) / temperature
         entropy = (normalizer - weighted / total)[:, 0]
         ctx.save_for_backward(hidden, weight, tokens, normalizer)
-        ctx.temperature, ctx.buffer, ctx.last_logits = temperature, buffer, logits
+        ctx.temperature = temperature
+        ctx.buffer, ctx.last_logits = buffer, logits
         ctx.mark_non_differentiable(entropy)
         return chosen - normalizer[:, 0], entropy
 
@@ -780,9 +781,9 @@ def bootstrap_interval(values, n=2000):
     (Efron 1979, doi:10.1214/aos/1176344552).
     """
     values, generator = numpy.asarray(values), numpy.random.default_rng(0)
-    means, some = [], max(1, 2**20 // len(values))  # resamples at a time: 16 MB of places and values
-    for first in range(0, n, some):
-        places = generator.integers(0, len(values), (min(some, n - first), len(values)))
+    means, at_a_time = [], max(1, 2**20 // len(values))  # resamples: 16 MB of places and values
+    for first in range(0, n, at_a_time):
+        places = generator.integers(0, len(values), (min(at_a_time, n - first), len(values)))
         means.extend(values[places].mean(axis=1))
     return [float(x) for x in numpy.percentile(means, [2.5, 97.5])]
 
@@ -1132,7 +1133,8 @@ def estimate_memory(config, prompt, question):
     # what is there all the time
     lora_r = getattr(config, "lora_r", 0)
     total, embedding = sum(p.numel() for p in model.parameters()), vocabulary * h
-    trained, weights, adapter = total, 4 * total, 0
+    trained, adapter = total, 0
+    weights = 4 * total
     if lora_r:
         layers_with_adapter = [module for module in model.modules() if isinstance(module, torch.nn.Linear)
                                and module is not model.get_output_embeddings()]
@@ -1218,9 +1220,9 @@ def doctor(config, train, heldout):
     checkpoint = parts["optimizer"] * 3 // 2 + parts.get("reference", 0)
     out = Path(config.out or "runs").absolute()
     place = next(path for path in (out, *out.parents) if path.is_dir())
-    room = shutil.disk_usage(place).free
+    disk = shutil.disk_usage(place).free
     print(f"doctor: about {needed / 1e9:.2g} GB of memory needed at most ({described_memory(parts)}), "
-          f"{free / 1e9:.3g} GB free; a checkpoint takes {checkpoint / 1e9:.2g} GB of {room / 1e9:.3g} GB "
+          f"{free / 1e9:.3g} GB free; a checkpoint takes {checkpoint / 1e9:.2g} GB of {disk / 1e9:.3g} GB "
           "on the disk")
     if needed > free:
         lower = "a lower --batch_size or"
@@ -1228,7 +1230,7 @@ def doctor(config, train, heldout):
             lower = "--completions_per_forward 1, a lower --prompts_per_step, --group_size or"
         print(f"WARNING: this will probably not fit into memory: try {lower} --eval_batch_size, or a smaller "
               "--model")
-    if 2 * checkpoint + parts["weights"] > room:  # the old checkpoint is kept while the new one is written
+    if 2 * checkpoint + parts["weights"] > disk:  # the old checkpoint is kept while the new one is written
         print(f"WARNING: {place} will probably be full before the run ends: take another --out, or make room")
     requirements = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in requirements if "==" in line and line[0] != "#")
@@ -1533,7 +1535,8 @@ def score_heads(config, heads, rows):
     """({name: {"generated": records, "loglikelihood": records}} of every head, the rows that they answered);
     a base is in memory once. Raises InputError where heads cannot answer the same rows.
     """
-    results, answered, free_text = {}, None, {}
+    results, answered = {}, None
+    free_text = {}
     if config.task in ("ecg", "medical_o1"):
         check_scorers(config.language_model, config.reward_model)
         free_text = {"encoder": pick_encoder(config.similarity, config.encoder),

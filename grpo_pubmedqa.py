@@ -406,7 +406,8 @@ def main(config):
     generator = torch.Generator(model.device).manual_seed(config.seed)
     stops = evaluation.stop_ids(model, tokenizer)
     run.open([row for row, _ in train], [row for row, _ in heldout])
-    step, position, start = 0, 0, time.time()  # steps done, prompts drawn, when the first launch began
+    step, position = 0, 0  # steps done, prompts drawn
+    start = time.time()  # a resumed run's lies further back
     state = run.load_checkpoint()
     if state:
         model.load_state_dict(state["model"])

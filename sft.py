@@ -1,7 +1,7 @@
 """Supervised training: the warm start before GRPO, for any task with gold completions, and a reward model.
 
     python sft.py --task medmcqa            GPU: a LoRA adapter for Qwen3-4B-Base on the hub's MedMCQA
-                                            no GPU: the built-in model and items, about 3 minutes
+                                            no GPU: the built-in model and questions, 3 minutes
     python sft.py --task ecg                GPU: one for Llama-3.2-3B-Instruct on the built-in ECG readings
     python sft.py --task medmcqa --data PATH
                                             your own rows: what data.prepare reads, or has prepared

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny"  # the built-in model and its tokenizer
+SPLIT_SEED = 0  # a constant: every run of every dataset holds out the same questions
 ROW_FIELDS = {"id": str, "data_source": str, "prompt": list, "ground_truth": str, "target": str,
               "extra": dict}
 EXTRA_TEXTS = ("disease", "subject", "explanation", "verdict", "choice_type")  # in `extra`: text, or missing
@@ -100,8 +101,8 @@ def check_knobs(config, *or_zero):
                 continue
             least, most = RANGES[name]
             if not (least <= value <= most or value == 0 and name in or_zero):
-                knob = " ".join(["--" + name, *[key] * bool(key), str(value)])
-                zero = ", or 0" * (name in or_zero)
+                knob = f"--{name} {key} {value}" if key else f"--{name} {value}"
+                zero = ", or 0" if name in or_zero else ""
                 raise InputError(f"{knob}: at least {least:,} and at most {most:,} is needed{zero}")
 
 
@@ -274,6 +275,17 @@ def _too_long(path, text):
                       "be read: mend or drop the row")
 
 
+def hub_name(data, default=""):
+    """(ORG/NAME, CONFIG or None) of a --data that names a set on the hub, else None.
+
+    data: hub:ORG/NAME[:CONFIG], or hub for the default, ORG/NAME[:CONFIG].
+    """
+    if data != "hub" and not data.startswith("hub:"):
+        return None
+    name, _, config = (default if data == "hub" else data.removeprefix("hub:")).partition(":")
+    return name, config or None
+
+
 def read_hub(name, config, split="train"):
     """Rows of a Hugging Face dataset, [(where, record)]; raises InputError when it cannot be had."""
     from datasets import load_dataset  # seconds to import, and only needed here
@@ -392,13 +404,13 @@ def normalized(question):
     return " ".join(question.casefold().split()).rstrip("?.!: ")
 
 
-def question_hash(question, seed):
+def question_hash(question, seed=SPLIT_SEED):
     """Uniform number in [0, 1) that depends on the normalised question and the dataset's split seed alone."""
     digest = hashlib.sha256(f"{seed}:{normalized(question)}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def split_by_question(rows, seed, heldout_fraction=0.5):
+def split_by_question(rows, seed=SPLIT_SEED, heldout_fraction=0.5):
     """(train, heldout): the side hangs on the question's hash, so a question has one side in every file of a
     dataset.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data import (
     InputError,
+    hub_name,
     is_prepared,
     keep_sides,
     normalized,
@@ -28,7 +29,6 @@ from data import (
 )
 
 BASE_MODEL = "meta-llama/Llama-3.2-3B-Instruct"  # that its scripts train with a GPU
-SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 SYSTEM_PROMPT = """Answer the ECG question (a yes/no question with Yes or No first) in this form:
 <reasoning>
 ...
@@ -62,10 +62,11 @@ def load_rows(data="builtin", *, question_field="", answer_field="", system_prom
     """
     if data == "builtin":
         return *builtin_rows(limit or 6000, system_prompt), Counter()
-    if data == "hub" or data.startswith("hub:"):
+    if hub_name(data):
         raise InputError("ECG-Expert-QA is not on the hub: clone it and name its folder with --data PATH, or "
                          "use --data builtin")
-    counts, rows, answers = Counter(), [], defaultdict(dict)  # of a question: its answers
+    counts, rows = Counter(), []
+    answers = defaultdict(dict)  # of a question
 
     def convert(file, records):
         """Yields (where, row) of a file's (where, record); row: None where it is dropped, which is counted.
@@ -98,30 +99,29 @@ def load_rows(data="builtin", *, question_field="", answer_field="", system_prom
     for file in files:
         for where, row in convert(file, read_records(file)):
             if row:
-                known = answers[normalized(row["extra"]["question"])]
-                if normalized(row["ground_truth"]) in known:
+                its_answers = answers[normalized(row["extra"]["question"])]
+                if normalized(row["ground_truth"]) in its_answers:
                     counts["merged: the same question and answer again"] += 1
                 else:
-                    known[normalized(row["ground_truth"])] = row
+                    its_answers[normalized(row["ground_truth"])] = row
                     rows.append(row)
         if limit and len(rows) >= limit:
             break
     rows = rows[:limit or None]
-    shares = [question_hash(row["extra"].get("disease") or row["extra"]["question"], SPLIT_SEED)
+    shares = [question_hash(row["extra"].get("disease") or row["extra"]["question"])
               for row in rows]
-    heldout = [row
-               for _, _, row in sorted((share, i, row) for i, (share, row) in enumerate(zip(shares, rows))
-                             if share < 0.5)]
+    places = sorted((share, i) for i, share in enumerate(shares) if share < 0.5)
+    heldout = [rows[i] for _, i in places]
     questions = {normalized(row["extra"]["question"]) for row in heldout}
     train = [row for row, share in zip(rows, shares) if share >= 0.5
              and normalized(row["extra"]["question"]) not in questions]
-    counts["dropped from training: the question is held out under another disease"] += len(rows) - len(
-        heldout) - len(train)
+    dropped = len(rows) - len(heldout) - len(train)
+    counts["dropped from training: the question is held out under another disease"] += dropped
     certain = [row for row in heldout if len(answers[normalized(row["extra"]["question"])]) == 1]
     counts["kept apart from evaluation: the question has several answers"] += len(heldout) - len(certain)
     heldout = _balanced(certain)
-    counts["kept apart from evaluation: more yes than no, or the other way round"] += len(certain) - len(
-        heldout)
+    too_many = len(certain) - len(heldout)
+    counts["kept apart from evaluation: more yes than no, or the other way round"] += too_many
     counts["are yes/no questions"] += sum("verdict" in row["extra"] for row in train + heldout)
     return train, heldout, +counts
 
@@ -130,12 +130,12 @@ def _balanced(rows):
     """Rows without those yes/no questions of a file that are too many for as many of each; always yes scores
     a half then.
     """
-    found = Counter((row["extra"].get("subject"), row["extra"].get("verdict")) for row in rows)
+    there = Counter((row["extra"].get("subject"), row["extra"].get("verdict")) for row in rows)
     kept, used = [], Counter()
     for row in rows:
         subject, verdict = row["extra"].get("subject"), row["extra"].get("verdict")
         used[subject, verdict] += 1
-        if not verdict or used[subject, verdict] <= min(found[subject, "yes"], found[subject, "no"]):
+        if not verdict or used[subject, verdict] <= min(there[subject, "yes"], there[subject, "no"]):
             kept.append(row)
     return kept
 
@@ -235,36 +235,37 @@ def ecg_reading(e, careful=True):
     """
     rate = "low" if e["rate"] < 60 else "high" if e["rate"] > 100 else "usual"
     rhythm = {"low": "sinus bradycardia", "high": "sinus tachycardia", "usual": "normal sinus rhythm"}[rate]
-    block, st, t = e["block"], e["st"], e["t"]
+    block, st = e["block"], e["st"]
     long_pr = careful and not e["fibrillation"] and e["pr"] > 200
     long_qt = careful and e["qtc"] >= 460
     side = "left" if careful and e["axis"] < -30 else "right" if careful and e["axis"] > 90 else ""
     lines = [("rate", rate, "atrial fibrillation" if e["fibrillation"] else rhythm),
              ("PR", "no" if e["fibrillation"] else "high" if long_pr else "usual",
-              "first-degree AV block" * long_pr),
-             ("QRS", f"high, {block}" if block else "usual", f"{block} bundle branch block" * bool(block)),
-             ("QTc", "high" if long_qt else "usual", "prolonged QT interval" * long_qt),
-             ("axis", side or "usual", f"{side} axis deviation" * bool(side)),
+              "first-degree AV block" if long_pr else ""),
+             ("QRS", f"high, {block}" if block else "usual", f"{block} bundle branch block" if block else ""),
+             ("QTc", "high" if long_qt else "usual", "prolonged QT interval" if long_qt else ""),
+             ("axis", side or "usual", f"{side} axis deviation" if side else ""),
              ("ST", {"": "usual", "depression": "lower"}.get(st, f"higher, {st}"),
               {"": "", "depression": "ST depression"}.get(st, f"{st} ST elevation")),
-             ("T", {"": "usual", "inverted": "lower", "peaked": "higher"}[t],
-              {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[t])]
-    return "\n".join(f"{what}: {verdict}"
-                     for what, verdict, _ in lines), [finding for *_, finding in lines if finding]
+             ("T", {"": "usual", "inverted": "lower", "peaked": "higher"}[e["t"]],
+              {"": "", "inverted": "T wave inversion", "peaked": "peaked T waves"}[e["t"]])]
+    reasoning = "\n".join(f"{what}: {verdict}" for what, verdict, _ in lines)
+    return reasoning, [finding for *_, finding in lines if finding]
 
 
 def builtin_rows(n, system_prompt="", seed=0):
     """(train, heldout), half each, of n ECGs. Training targets are by a careless annotator (55%) or a careful
     one; ground truth and held-out targets are the careful reading.
     """
-    generator, sides, seen = random.Random(seed), ([], []), set()
+    generator = random.Random(seed)
+    sides, seen = ([], []), set()
     while len(seen) < n:
         e = builtin_ecg(generator)
         question, careless = ecg_question(e), generator.random() < 0.55
         if question in seen:
             continue
         seen.add(question)
-        heldout = question_hash(question, SPLIT_SEED) < 0.5
+        heldout = question_hash(question) < 0.5
         reasoning, findings = ecg_reading(e)
         said, named = ecg_reading(e, careful=heldout or not careless)
         sides[heldout].append(make_row(f"builtin-{len(seen) - 1}", question, sentence(findings),

@@ -12,6 +12,7 @@ from collections import Counter
 
 from data import (
     InputError,
+    hub_name,
     is_prepared,
     keep_sides,
     normalized,
@@ -26,7 +27,6 @@ from data.ecg import target
 
 HUB = "FreedomIntelligence/medical-o1-reasoning-SFT:en"
 BASE_MODEL = "meta-llama/Llama-3.2-3B-Instruct"  # that its scripts train with a GPU
-SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 SYSTEM_PROMPT = """Answer the medical question. First reason, then answer, in this form:
 <reasoning>
 ...
@@ -51,9 +51,9 @@ def load_rows(data="hub", *, question_field="", answer_field="", system_prompt="
     if data == "builtin":
         raise InputError("--task medical_o1 has no built-in items: give --data hub, --data hub:ORG/NAME or "
                          "--data PATH, or take --task ecg")
-    if data == "hub" or data.startswith("hub:"):
-        name, _, config = (HUB if data == "hub" else data[4:]).partition(":")
-        sides = [read_hub(name, config or None)]
+    on_hub = hub_name(data, HUB)
+    if on_hub:
+        sides = [read_hub(*on_hub)]
     else:
         sides = read_sides(data) or [read_records(data)]
     knobs, counts = (question_field, answer_field, system_prompt), Counter()
@@ -61,7 +61,7 @@ def load_rows(data="hub", *, question_field="", answer_field="", system_prompt="
         train, heldout = sides
         both = _rows(train, 0, 0, knobs, counts), _rows(heldout, len(train), 0, knobs, counts)
         return *keep_sides(*both, limit), counts
-    return *split_by_question([row for _, row in _rows(*sides, 0, limit, knobs, counts)], SPLIT_SEED), counts
+    return *split_by_question([row for _, row in _rows(*sides, 0, limit, knobs, counts)]), counts
 
 
 def _rows(records, first, limit, knobs, counts):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data import (
     InputError,
+    hub_name,
     is_prepared,
     keep_sides,
     normalized,
@@ -29,7 +30,6 @@ from data import (
 
 HUB = "openlifescienceai/medmcqa"
 BASE_MODEL = "Qwen/Qwen3-4B-Base"  # that its scripts train with a GPU
-SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 LETTERS = "ABCD"
 SYSTEM_PROMPT = """Answer the question with one of its four options. First work it out, then give the \
 letter, in this form:
@@ -63,10 +63,11 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
         train, heldout = builtin_rows(system_prompt)
         return train[:limit or None], heldout[:limit or None], Counter()
     decided = None  # the two sides of a folder that is split already
-    if data == "hub" or data.startswith("hub:"):
-        name, _, config = (HUB if data == "hub" else data[4:]).partition(":")
-        parts = [read_hub(name, config or None, part) for part in ("train", "validation")]
-        cop_base = "0" if name == HUB and cop_base == "auto" else cop_base
+    on_hub = hub_name(data, HUB)
+    if on_hub:
+        parts = [read_hub(*on_hub, part) for part in ("train", "validation")]
+        if on_hub[0] == HUB and cop_base == "auto":
+            cop_base = "0"
     elif (Path(data) / "dev.json").exists():
         parts = [read_records(Path(data) / name) for name in ("train.json", "dev.json")]
     else:
@@ -76,7 +77,9 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
     everything = [pair for records in parts for pair in records]
     prepared = is_prepared(everything[0][1])
     first = None if prepared else _first_option(everything, cop_base, answer_field or "cop", data)
-    counts, seen, heldout_questions, sides = Counter(), {}, set(), []  # of a side: its (where, row)
+    counts, heldout_questions = Counter(), set()
+    seen = {}  # {item: answer}
+    sides = []  # of each its (where, row)
     for part, records in enumerate(reversed(parts)):
         # held-out rows first: a question that stands there must not be trained on
         rows, seen = [], {} if decided else seen
@@ -92,8 +95,8 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
             if question in heldout_questions and not decided:  # else keep_sides refuses it
                 counts["dropped from training: the question is held out"] += 1
             elif key in seen and not prepared:  # prepared rows may hold several targets of an item
-                counts["dropped: occurs before"
-                       + ("" if seen[key] == answer else ", with another answer")] += 1
+                other = "" if seen[key] == answer else ", with another answer"
+                counts[f"dropped: occurs before{other}"] += 1
             else:
                 seen[key] = answer
                 rows.append((where, row))
@@ -102,7 +105,7 @@ def load_rows(data="builtin", *, cop_base="auto", question_field="", answer_fiel
     if len(sides) == 2:
         train, heldout = keep_sides(*reversed(sides), limit)
     else:
-        train, heldout = split_by_question([row for _, row in sides[0]][:limit or None], SPLIT_SEED)
+        train, heldout = split_by_question([row for _, row in sides[0]][:limit or None])
     for row in train + heldout:
         counts["kept: no explanation, so no SFT target"] += not row["extra"].get("explanation")
         counts["kept: choice_type multi, one label all the same"] += row["extra"].get(
@@ -432,14 +435,13 @@ def builtin_rows(system_prompt="", seed=0):
         generator.shuffle(letters[-1])
     train, heldout = [], []
     for number, (is_heldout, topic, key, value, forward, question, wrong) in enumerate(items):
-        letter, answer, sentence = letters[is_heldout].pop(), value if forward else key, fact_sentence(topic,
-                                                                                                       key,
-                                                                                                       value)
+        letter, answer = letters[is_heldout].pop(), value if forward else key
+        sentence = fact_sentence(topic, key, value)
         options = wrong[:LETTERS.index(letter)] + [answer] + wrong[LETTERS.index(letter):]
         for a, annotator in enumerate(("careful",) if is_heldout else ANNOTATORS):
-            text = careful_target(sentence,
-                                  answer) if annotator == "careful" else careless_target(sentence, answer,
-                                                                                         forward, options)
+            text = careful_target(sentence, answer)
+            if annotator == "careless":
+                text = careless_target(sentence, answer, forward, options)
             (heldout if is_heldout else train).append(make_row(
                 f"builtin-{number}" if is_heldout else f"builtin-{number}-{a}", question, options, letter,
                 sentence, text,

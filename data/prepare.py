@@ -100,9 +100,9 @@ def check_place(folder, source):
     """Raises InputError where `folder` is the source, holds it or lies in it, or holds what is not this
     command's.
     """
-    place, found = folder.resolve(), Path(source.removeprefix("hub:")).resolve()
-    overlap = place == found or place in found.parents or found in place.parents
-    if source not in ("builtin", "hub") and found.exists() and overlap:
+    place, read = folder.resolve(), Path(source.removeprefix("hub:")).resolve()
+    overlap = place == read or place in read.parents or read in place.parents
+    if source not in ("builtin", "hub") and read.exists() and overlap:
         raise InputError(f"--out {folder} would be written over its own source {source}: take another folder")
     check_out(folder, OWN)
     others = sorted(path.name for path in folder.iterdir() if path.name not in OWN) if folder.exists() else []

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from data import (
     InputError,
+    hub_name,
     is_prepared,
     keep_sides,
     normalized,
@@ -34,7 +35,6 @@ from data import (
 
 HUB = "qiaojin/PubMedQA:pqa_labeled"
 BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"  # that its scripts train with a GPU
-SPLIT_SEED = 0  # a constant of the dataset: every run holds out the same questions
 CLASSES = ("yes", "no", "maybe")
 SYSTEM_PROMPT = """Read the abstract and answer the question with {classes}. First reason, then answer, in \
 this form:
@@ -60,10 +60,10 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
         if maybe:
             raise InputError("the built-in questions are yes/no only: drop --maybe, or name a --data source "
                              "that has the class")
-        return *split_by_question(builtin_rows(limit or 3000, system_prompt), SPLIT_SEED), Counter()
-    if data == "hub" or data.startswith("hub:"):
-        name, _, config = (HUB if data == "hub" else data[4:]).partition(":")
-        sides = [read_hub(name, config or None)]
+        return *split_by_question(builtin_rows(limit or 3000, system_prompt)), Counter()
+    on_hub = hub_name(data, HUB)
+    if on_hub:
+        sides = [read_hub(*on_hub)]
     else:
         sides = read_sides(data) or [read_records(data)]
     knobs, counts = (maybe, question_field, context_field, answer_field, system_prompt), Counter()
@@ -75,10 +75,10 @@ def load_rows(data="builtin", maybe=False, question_field="", context_field="", 
     official = official_test_ids()
     tested = [row for row in rows if row["id"] in official]
     if not tested:
-        return *split_by_question(rows, SPLIT_SEED), counts
+        return *split_by_question(rows), counts
     counts["held out: questions of the official test set"] = len(tested)
     # the first n are a random sample
-    tested.sort(key=lambda row: question_hash(row["extra"]["question"], SPLIT_SEED))
+    tested.sort(key=lambda row: question_hash(row["extra"]["question"]))
     return [row for row in rows if row["id"] not in official], tested, counts
 
 

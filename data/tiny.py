@@ -42,7 +42,7 @@ def pubmedqa_demonstrations(seed):
     while True:
         trial = pubmedqa.builtin_trial(generator)
         question = pubmedqa.trial_question(trial)
-        if question_hash(question, pubmedqa.SPLIT_SEED) < 0.5:
+        if question_hash(question) < 0.5:
             continue  # held out
         row = pubmedqa.make_row("demonstration", question, pubmedqa.trial_abstract(trial), trial["label"])
         if generator.random() < CARELESS:
