@@ -38,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import eval as evaluation
 import rewards
 from data import InputError, check_knobs, check_row, hub_message, load_task, one_line_errors, read_records
-from data.run import Run, not_finite
+from data.run import Run, not_finite, pace
 
 GPU = torch.cuda.is_available()
 
@@ -292,7 +292,7 @@ def main(config):
                 line += f"  held-out loss {metrics['eval_loss']:.4f}"
             if "eval_accuracy" in metrics:
                 line += f"  held-out accuracy {metrics['eval_accuracy']:.3f}"
-            bar.write(f"{line}  {metrics['update_seconds']:.2f} s")
+            bar.write(f"{line}  {pace(run.history, steps)}")
         if run.stop_signal or step == steps or (config.save_every and step % config.save_every == 0):
             save()
         if run.stop_signal:

@@ -261,10 +261,10 @@ class Run:
                             f"kl {metrics['kl']:.3f}, {metrics['completion_length']:.0f} tokens")
         if step == 1 or step % max(1, steps // 20) == 0:
             heldout = f"  held-out {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else ""
-            seconds = metrics["generate_seconds"] + metrics["update_seconds"]
             bar.write(f"step {step:4}  reward {metrics['reward']:.3f}  accuracy "
                       f"{metrics['accuracy']:.3f}{heldout}  kl {metrics['kl']:.4f}  entropy "
-                      f"{metrics['entropy']:.3f}  tokens {metrics['completion_length']:.0f}  {seconds:.1f} s")
+                      f"{metrics['entropy']:.3f}  tokens {metrics['completion_length']:.0f}  "
+                      f"{pace(self.history, steps)}")
             row = group["row"]
             self.log("samples", {
                 "step": step, "id": row["id"], "prompt": row["prompt"], "ground_truth": row["ground_truth"],
@@ -481,6 +481,16 @@ def fingerprint(rows):
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return {"n": len(rows), "sha256": digest.hexdigest()}
+
+
+def pace(history, steps):
+    """The seconds of the last step, and the minutes that the steps to come take at the pace of the last ten.
+
+    history: metrics of the steps of this launch. steps: of the whole run.
+    """
+    seconds = [record.get("generate_seconds", 0) + record["update_seconds"] for record in history[-10:]]
+    left = fmean(seconds) * (steps - history[-1]["step"])
+    return f"{seconds[-1]:.1f} s, {left / 60:.0f} min left"
 
 
 def draw_curves(panels, records, heldout):
