@@ -413,7 +413,6 @@ def restore_training(state, optimizer, scaler, generator, config):
     scaler.load_state_dict(state["scaler"])
     generator.set_state(state["generator"])
     config.completions_per_forward = state["completions_per_forward"]  # halved where memory had run out
-    print(f"resumed: after step {state['step']}")
     return state["step"], state["position"], time.time() - state["seconds"]
 
 

@@ -211,7 +211,6 @@ def main(config):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, start = state["step"], time.time() - state["seconds"]
-        print(f"resumed: {run.folder} after step {step}")
 
     def save():
         weights = get_peft_model_state_dict(model) if config.lora_r else model.state_dict()

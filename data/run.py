@@ -364,6 +364,7 @@ class Run:
         state = self._read_checkpoint() if self.settings["resume"] else None
         if state:
             self.saved = state["step"]
+            print(f"resumed: {self.folder} after step {self.saved}")
             size = self.settings.get("completions_per_forward")
             if size != self.launched.get("completions_per_forward"):
                 state["completions_per_forward"] = size  # the user's word beats what was halved

@@ -2,6 +2,7 @@
 
     python tests/bench.py cpu        a whole GRPO step of ours, of a padded loop, and of TRL where it is there
     python tests/bench.py cpu --settings A B C D E F --threads 1 2 --malloc default tuned    all (90 minutes)
+    python tests/bench.py cpu --settings S T L --rounds 2    a real model's shape, LoRA on it, long answers
     python tests/bench.py memory     peak memory of each, in a process of its own
     python tests/bench.py growth     step time against the group size and the completion length
     python tests/bench.py learning   the built-in model by ours and by TRL: accuracy against wall-clock
@@ -14,9 +15,9 @@ sample three times a turn, alternating, the first time as part of the step. Leng
 the output layer, in ours (which has none to hook) where a token is drawn.
   ours    eval.generate and policy_gradient of grpo_pubmedqa.py, as the script calls them
   padded  model.generate on repeated prompts, one padded forward over the batch, completion positions
-  projected only, no
-          pass of its own for old log-probs: what a good plain loop does
-  TRL     GRPOTrainer as installed (1.16 was measured), fp32, no gradient checkpointing, num_iterations 2
+          projected only, no pass of its own for old log-probs: what a good plain loop does
+  TRL     GRPOTrainer as installed (1.16 was measured), fp32, num_iterations 2
+Neither of the two checkpoints gradients, but at S and T, where they would not fit into 24 GB without.
 TRL lives in an environment of its own: pip install -r requirements.txt trl==1.16.0
 """
 import argparse
@@ -48,11 +49,21 @@ MU, BETA, EOS = 2, 0.04, 2
 MALLOC = {"default": {},
           "tuned": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296",
                     "MALLOC_TOP_PAD_": "268435456"}}  # large tensors kept out of mmap
-A = dict(P=2, G=8, prompt=(256, 256), completion=(64, 64), vocab=4096, lora=False)
+SMALL = (Qwen2ForCausalLM,
+         dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+              num_key_value_heads=2, tie_word_embeddings=False))
+SMOLLM2 = (LlamaForCausalLM, dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                                  num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True))
+A = dict(P=2, G=8, prompt=(256, 256), completion=(64, 64), vocab=4096, lora=False, shape=SMALL,
+         checkpointing=False)
+S = {**A, "prompt": (300, 500), "completion": (40, 120), "vocab": 49_152, "shape": SMOLLM2,
+     "checkpointing": True}
 SETTINGS = {"A": A, "B": {**A, "prompt": (384, 384), "completion": (128, 128)},
             "C": {**A, "vocab": 151_936, "P": 1},
             "D": {**A, "lora": True}, "E": {**A, "prompt": (384, 384), "completion": (16, 128)},
-            "F": {**A, "prompt": (128, 384), "completion": (128, 128)}}
+            "F": {**A, "prompt": (128, 384), "completion": (128, 128)},
+            "S": S, "T": {**S, "lora": True},  # the shape of SmolLM2-135M; minutes a step, so asked for
+            "L": {**A, "P": 1, "completion": (64, 1024)}}
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,14 +88,12 @@ REAL = {  # shapes of real models, for random weights: (model class, config, LoR
 
 class Bench:
     """The work of one setting: a model, prompts, forced lengths and rewards. real: a key of REAL instead of
-    A's Qwen2.
+    the setting's shape.
     """
 
     def __init__(self, s, real=None):
-        self.s, self.model_class = s, Qwen2ForCausalLM
-        shape = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
-                     num_key_value_heads=2,
-                     tie_word_embeddings=False)
+        self.s = s
+        self.model_class, shape = s.get("shape", SMALL)
         if real:
             self.model_class, shape = REAL[real][:2]
         if real and DEVICE.type == "cpu":  # the same code on a machine without a GPU
@@ -212,6 +221,10 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
     model, s = bench.model(), bench.s
     for parameter in model.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data.to(weights)
+    if s.get("checkpointing"):
+        model.gradient_checkpointing_enable()
+        if s["lora"]:
+            model.enable_input_require_grads()
     reference, force = bench.reference(model).to(weights), bench.force_lengths(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     width = max(map(len, bench.prompts))
@@ -258,7 +271,10 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
             optimizer.zero_grad()
 
     def step(update_too=True):
+        model.eval()
         ids, sampling = timed(sample)
+        # layers checkpoint in training mode only; no dropout is set
+        model.train(s.get("checkpointing", False))
         return sampling, timed(lambda: update(ids))[1] if update_too else 0.0
 
     return step
@@ -315,7 +331,7 @@ def trl_steps(bench, between, rounds):
         args=GRPOConfig(output_dir=folder, per_device_train_batch_size=s["P"] * s["G"],
                         num_generations=s["G"], num_iterations=MU,
                         max_completion_length=s["completion"][1], beta=BETA, learning_rate=1e-6,
-                        gradient_checkpointing=False,
+                        gradient_checkpointing=s["checkpointing"],
                         bf16=False, use_cpu=True, report_to=[], save_strategy="no",
                         max_steps=MU * (rounds + 1), disable_tqdm=True,
                         logging_strategy="no", loss_type="grpo", shuffle_dataset=False))
@@ -335,16 +351,18 @@ def update_flops(bench):
     needed.
     """
     s, c, passes = bench.s, bench.config, 3 * MU + 1
-    body = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 704)  # weights of the linear layers
-    adapters = 6 * 16 * (2 * 512 + 2 * 384 + 3 * 960) if s["lora"] else 0
+    h, layers, ffn = c.hidden_size, c.num_hidden_layers, c.intermediate_size
+    kv = h // c.num_attention_heads * c.num_key_value_heads
+    body = layers * (2 * h * h + 2 * h * kv + 3 * h * ffn)  # weights of the linear layers
+    adapters = layers * 16 * (2 * 2 * h + 2 * (h + kv) + 3 * (h + ffn)) if s["lora"] else 0
     total = 0
     for i, prompt in enumerate(bench.prompts):
         S, lengths = len(prompt), bench.lengths[i * s["G"]:(i + 1) * s["G"]]
         tokens = S + sum(lengths)
         pairs = S * S / 2 + sum(n * S + n * n / 2 for n in lengths)  # query-key pairs
-        linear = 2 * body * tokens + 2 * 256 * c.vocab_size * sum(lengths)
-        total += linear * (2 * MU + 1 if s["lora"]
-                           else passes) + (6 * 4 * 256 * pairs + 2 * adapters * tokens) * passes
+        linear = 2 * body * tokens + 2 * h * c.vocab_size * sum(lengths)
+        total += linear * (2 * MU + 1 if s["lora"] else passes)
+        total += (layers * 4 * h * pairs + 2 * adapters * tokens) * passes
     return total
 
 
