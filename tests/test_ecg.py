@@ -338,16 +338,16 @@ def test_normalized_rewards_keep_the_minus_one_of_an_empty_answer():
         [scored(), scored(), scored(), scored("")],  # all parts are 0: the answer is all that differs
         [scored(findings=0.2, format=1.0), scored(findings=0.2, format=1.0), scored("", format=1.0)],
     ):
-        rewarded = grpo_ecg.normalized_rewards(group, config)
+        rewarded = grpo_ecg.group_rewards(group, config)
         advantages = grpo_ecg.group_advantages(rewarded[None], "group")[0]
         assert (
             advantages[-1] < -1 and (advantages[:-1] > 0.3).all() and len(set(advantages[:-1].tolist())) == 1
         )
-    best = grpo_ecg.normalized_rewards(
+    best = grpo_ecg.group_rewards(
         [scored(findings=1.0), scored(findings=0.5), scored("", format=1.0)], config
     )
     assert best[0] > best[1] > best[2]
-    assert set(grpo_ecg.normalized_rewards([scored(""), scored("", format=1.0)], config).tolist()) == {0.0}
+    assert set(grpo_ecg.group_rewards([scored(""), scored("", format=1.0)], config).tolist()) == {0.0}
 
 
 @pytest.mark.parametrize("normalize", [False, True])
