@@ -236,7 +236,8 @@ def test_every_number_among_the_knobs_has_a_stated_range():
 
 @pytest.mark.parametrize("config", CHECKS, ids=lambda config: f"{config.__module__}.{config.__name__}")
 def test_a_number_outside_of_its_range_is_refused_by_name_before_anything_else(config, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "Run", None)  # what comes right after the checks
+    for script in (grpo_pubmedqa, grpo_medmcqa, grpo_ecg, sft):
+        monkeypatch.setattr(script, "Run", None)  # what comes right after the checks
     needed = {prepare.Config: {"task": "pubmedqa"}, sft.RewardModel: {"data": "nowhere"}}.get(config, {})
     for name in numbers(config):
         least, most = RANGES[name]
