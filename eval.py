@@ -1,4 +1,4 @@
-"""What training and evaluation both need: models, sampling, evaluation, the run folder. Also a command:
+"""What training and evaluation both need: models, sampling, evaluation, memory. Also a command:
 
     python eval.py --task pubmedqa --model runs/my-run/model --data hub --out runs/eval-mine
 
@@ -76,7 +76,8 @@ from data import (
 )
 from data.prepare import TASKS
 
-CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
+# in a model's config: what it does to logits that ChosenLogps does not
+LOGIT_CHANGES = ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale")
 INSTEAD_OF_HUB = "--model tiny, or --model PATH to a local folder"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 transformers.logging.set_verbosity_error()
@@ -85,7 +86,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 
 def keep_freed_memory():
-    """On Linux with glibc, keeps what is freed for the next tensor; elsewhere does nothing. For a start.
+    """On Linux with glibc, keeps what is freed for the next tensor; elsewhere does nothing. Call it first.
 
     Left alone, the C library takes every large tensor fresh from the kernel, which has to zero its pages, and
     gives it back at once (tests/test_survival.py counts the pages). The variables MALLOC_MMAP_THRESHOLD_,
@@ -129,7 +130,7 @@ def find_model(name):
     """
     folder = TINY if name == "tiny" else Path(name).expanduser()
     if not folder.is_dir():
-        if folder.exists() or not on_hub(name):
+        if not on_hub(name):
             raise InputError(f"{name}: no such model folder (tiny, a folder with config.json, or a hub id "
                              "like ORG/NAME is needed)")
         return name, None
@@ -195,7 +196,7 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
         kernel = "" if attn_implementation == "sdpa" else f" with --attn_implementation {attn_implementation}"
         raise InputError(hub_message(f"model {name}{kernel}", error, INSTEAD_OF_HUB)) from error
     text_config = model.config.get_text_config()
-    unsupported = [key for key in CAPS if getattr(text_config, key, None) not in (None, 1.0)]
+    unsupported = [key for key in LOGIT_CHANGES if getattr(text_config, key, None) not in (None, 1.0)]
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         unsupported.append("a bias of the output layer")
     if unsupported:
@@ -412,17 +413,18 @@ class SharedPromptCache(DynamicCache):
         left, prompt, counts = old_prompt.unique(return_inverse=True, return_counts=True)
         if (len(left), int(counts.max())) == self.grid:
             return  # the places of the others stay empty
-        old_prompts, self.grid = self.grid[0], (len(left), int(counts.max()))
+        prompts_before = self.grid[0]
+        self.grid = len(left), int(counts.max())
         new_i = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[prompt]
         self.places = prompt * self.grid[1] + new_i
         for pair in self.completions:
             for k, buffer in enumerate(pair):
                 pair[k] = buffer.new_empty(len(left), buffer.shape[1], self.grid[1], *buffer.shape[3:])
                 pair[k][prompt, :, new_i, :self.tokens] = buffer[old_prompt, :, i, :self.tokens]
-        if len(left) < old_prompts:
-            self.prompt = [[x.unflatten(0, (old_prompts, -1))[left].flatten(0, 1) for x in pair]
+        if len(left) < prompts_before:
+            self.prompt = [[x.unflatten(0, (prompts_before, -1))[left].flatten(0, 1) for x in pair]
                            for pair in self.prompt]
-            self.bias = self.bias.unflatten(0, (old_prompts, -1))[left].flatten(0, 1)
+            self.bias = self.bias.unflatten(0, (prompts_before, -1))[left].flatten(0, 1)
 
     def to_grid(self, x, kv_heads):
         """[N, heads, 1, d], a row a completion, to [P, KV heads, n, heads of each, d]."""
@@ -453,14 +455,14 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
     S, tokens = prompt_values.shape[1], value.shape[1]
     query = shared.to_grid(query, len(prompt_keys) // shared.grid[0]) * scaling
     query = query.flatten(0, 2)  # [P * KV heads * n, heads of each, d]
-    on_prompt = query.view(len(prompt_keys), -1, query.shape[2])  # all of a prompt's on its one copy
-    on_prompt = torch.baddbmm(bias, on_prompt, prompt_keys)  # [P * KV heads, n * heads of each, S]
+    of_a_prompt = query.view(len(prompt_keys), -1, query.shape[2])  # all of a prompt's on its one copy
+    on_prompt = torch.baddbmm(bias, of_a_prompt, prompt_keys)  # [P * KV heads, n * heads of each, S]
     on_completion = torch.bmm(query, key.mT).view(*on_prompt.shape[:2], -1)
     scores = torch.cat([on_prompt, on_completion], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    on_completion = weights.narrow(2, S, tokens).reshape(*query.shape[:2], -1)
+    completion_weights = weights.narrow(2, S, tokens).reshape(*query.shape[:2], -1)
     output = torch.bmm(weights.narrow(2, 0, S), prompt_values).view_as(query)
-    return shared.to_rows(torch.baddbmm(output, on_completion, value)), None
+    return shared.to_rows(torch.baddbmm(output, completion_weights, value)), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("shared_prompt", shared_prompt_attention)
@@ -499,7 +501,8 @@ def attention(model, name, instead_of=None):
 
 
 def few_rows_linear(weight, bias, x):
-    """x [..., in] times weight [out, in], in the order that is fast on CPU where x has few rows."""
+    """x [..., in] times weight [out, in], in the order that is fast where x has few rows, on CPU above all.
+    """
     product = (weight @ x.flatten(0, -2).T).T.contiguous()  # what follows may view it
     return (product if bias is None else product + bias).view(*x.shape[:-1], -1)
 
@@ -521,7 +524,7 @@ def linears_of_a_token(model):
             plain = type(base) is torch.nn.Linear and base.weight.dtype == torch.float32
             changed = "forward" in vars(module) or getattr(module, "lora_variant", None)  # by hooks, by DoRA
             if id(module) in inner or changed or not plain:
-                continue  # as are 4-bit and half precision: left as they are
+                continue  # left as it is, as in 4-bit and half precision
             weight = base.weight
             if adapted and not module.disable_adapters:
                 for name in module.active_adapters:
@@ -579,7 +582,7 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
     advice = (f"in sampling {rows} completions at once: lower --prompts_per_step, --group_size or "
               "--max_completion_length where it was in training, --eval_batch_size where it was in "
               "evaluation")
-    with memory_advice(advice):
+    with memory_advice(advice):  # outside of inference mode: the loss, which has a gradient, reads these
         completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
         logps = torch.zeros(rows, max_new_tokens, device=device)
@@ -679,7 +682,8 @@ class ChosenLogps(torch.autograd.Function):
         buffer = torch.empty(len(hidden), width, device=hidden.device)
         exponentials = torch.empty(ROWS, width, device=hidden.device)
         peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
-        # of e = exp(logit - peak), e * logit
+        # sums of e and e * logit
+        # with e = exp(logit - peak)
         total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)
         for block in weight.split(BLOCK):
             logits = ChosenLogps.logits(hidden, block, temperature, buffer)
@@ -861,7 +865,8 @@ def score_completions(texts, rows, **knobs):
     truths, extras = [row["ground_truth"] for row in rows], [row["extra"] for row in rows]
     if source in rewards.METHOD:
         return rewards.compute_scores(source, texts, truths, extras, **knobs)
-    return [rewards.compute_score(source, *row, **knobs) for row in zip(texts, truths, extras)]
+    return [rewards.compute_score(source, text, truth, extra, **knobs)
+            for text, truth, extra in zip(texts, truths, extras)]
 
 
 def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_size, samples=0,
@@ -870,7 +875,7 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
 
     rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of
     score dicts. stop_strings: as in generate. Returns a record an example, in the order of `rows`: id,
-    ground_truth, the keys of those dicts, length (tokens), truncated, completion, and with samples
+    ground_truth, subject, the keys of those dicts, length (tokens), truncated, completion, and with samples
     sampled_accuracy and sampled_answers (lists).
     """
     stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
@@ -982,13 +987,12 @@ def summarize(records):
     else:
         [(majority_class, count)] = Counter(truths).most_common(1)
         summary |= {"majority_class": majority_class, "majority_accuracy": count / n,
-                    "macro_f1": macro_f1(truths, answers)}
+                    "macro_f1": macro_f1(truths, answers),
+                    "answers": dict(Counter(answer or "none" for answer in answers).most_common())}
     if "length" in records[0]:
         summary |= {"format_rate": sum(r["format_ok"] for r in records) / n,
                     "mean_length": sum(r["length"] for r in records) / n,
                     "truncated": sum(r["truncated"] for r in records) / n}
-    if "macro_f1" in summary:
-        summary["answers"] = dict(Counter(a or "none" for a in answers).most_common())
     if "sampled_accuracy" in records[0]:
         summary |= summarize_samples(records)
     by_subject = {}
@@ -1217,7 +1221,8 @@ def doctor(config, train, heldout):
     question = min(limit, max(characters(row, False) for row in heldout[:config.eval_size]) // 3)
     parts = estimate_memory(config, prompt, question)
     needed, free = sum(parts.values()), free_memory()
-    checkpoint = parts["optimizer"] * 3 // 2 + parts.get("reference", 0)
+    trained = parts["optimizer"] // 2  # in fp32, half as much as Adam's two moments
+    checkpoint = parts["optimizer"] + trained + parts.get("reference", 0)
     out = Path(config.out or "runs").absolute()
     place = next(path for path in (out, *out.parents) if path.is_dir())
     disk = shutil.disk_usage(place).free
@@ -1242,10 +1247,10 @@ def doctor(config, train, heldout):
     return 0 if torch.cuda.is_available() else round(peak_memory_gb() * 1e9)
 
 
-def longest_rows(config, train, heldout, libraries):
+def longest_rows(config, train, heldout, library_bytes):
     """For --dry_run: the longest training rows of a step and held-out rows of a batch, and estimate_memory.
 
-    train: [(row, prompt_ids)], of sft [(prompt_ids, completion_ids)]. libraries: what doctor returned.
+    train: [(row, prompt_ids)], of sft [(prompt_ids, completion_ids)]. library_bytes: what doctor returned.
     """
     grpo = hasattr(config, "group_size")
 
@@ -1255,7 +1260,7 @@ def longest_rows(config, train, heldout, libraries):
     a_step = config.prompts_per_step if grpo else config.batch_size * config.gradient_accumulation_steps
     train = sorted(train, key=length, reverse=True)[:a_step]
     heldout = sorted(heldout, key=lambda item: len(item[1]), reverse=True)[:config.eval_batch_size]
-    estimate = estimate_memory(config, length(train[0]), len(heldout[0][1])) | {"libraries": libraries}
+    estimate = estimate_memory(config, length(train[0]), len(heldout[0][1])) | {"libraries": library_bytes}
     return train, heldout, estimate
 
 
@@ -1275,6 +1280,26 @@ def described_memory(parts):
 
 
 # === console and metrics of the scripts =====================================================================
+
+
+def check_config(config):
+    """Raises InputError for knobs of a GRPO script that make no sense, before anything is loaded."""
+    check_knobs(config)
+    if config.loss_type == "cispo" and config.epsilon_high < 1:
+        raise InputError(f"--loss_type cispo --epsilon_high {config.epsilon_high}: there it is the cap of "
+                         "the ratio itself, at least 1 is needed: type --epsilon_high 5")
+
+
+def check_rows(config, train, heldout, counts):
+    """Prints what was loaded; raises InputError when it is less than a step or the evaluation needs."""
+    a_step = getattr(config, "prompts_per_step", 1)
+    asked = f"--eval_size {config.eval_size}"
+    if hasattr(config, "prompts_per_step"):
+        asked = f"--prompts_per_step {a_step} or {asked}"
+    if len(train) < a_step or len(heldout) < config.eval_size:
+        raise InputError(f"--data {config.data} gives {len(train)} training and {len(heldout)} held-out "
+                         f"rows, fewer than {asked} asks for: lower these or bring more rows")
+    print(f"data: {config.data}, {len(train)} training and {len(heldout)} held-out rows{described(counts)}")
 
 
 def compare(before_records, after_records):
@@ -1426,24 +1451,6 @@ class Config:
     seed: int = 0  # of the samples
 
 
-def check_config(config):
-    """Raises InputError for knobs of a GRPO script that make no sense, before anything is loaded."""
-    check_knobs(config)
-    if config.loss_type == "cispo" and config.epsilon_high < 1:
-        raise InputError(f"--loss_type cispo --epsilon_high {config.epsilon_high}: there it is the cap of "
-                         "the ratio itself, at least 1 is needed: type --epsilon_high 5")
-
-
-def check_rows(config, train, heldout, counts):
-    """Prints what was loaded; raises InputError when it is less than a step or the evaluation needs."""
-    a_step = getattr(config, "prompts_per_step", 1)
-    if len(train) < a_step or len(heldout) < config.eval_size:
-        raise InputError(f"--data {config.data} gives {len(train)} training and {len(heldout)} held-out "
-                         f"rows, fewer than --prompts_per_step {a_step} or --eval_size {config.eval_size} "
-                         "asks for: lower these or bring more rows")
-    print(f"data: {config.data}, {len(train)} training and {len(heldout)} held-out rows{described(counts)}")
-
-
 def parse_heads(models):
     """[(name, model, adapter)] of --models; adapter is "" where there is none. Raises InputError."""
     heads = []
@@ -1507,7 +1514,7 @@ def pick_weights(config, heads, source):
                          "--reward_model: name it, or give other --weights")
     left = "".join(f", no {part} here" for part in weights if part not in there)
     print(f"reward: scored by {whose}: {mixed(there)}{left}")
-    return weights
+    return weights  # rewards.compute_scores leaves out what is not there, too
 
 
 def trained_on(folder):

@@ -95,7 +95,7 @@ class Config:
     importance_cap: float = 0.0
     # --- optimiser
     learning_rate: float = 1e-5  # peak of AdamW's
-    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls to 0
+    warmup: float = 0.1  # share of the steps in which the rate rises; then it falls, nearly to 0
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # completions of a group in a forward pass (0 = all); less memory, same gradient
     completions_per_forward: int = 0
@@ -119,14 +119,18 @@ TINY = dict(steps=60, prompts_per_step=16, learning_rate=1e-3, ref_every=20, max
 
 
 def score(texts, rows, config):
-    """What completions earn: for each its parts and their sum, `score` (at most 1.6 by default)."""
+    """What completions earn: a dict each, of its parts and their sum, key `score` (by default at most 1.6).
+    """
     return evaluation.score_completions(texts, rows, correct_weight=config.correct_weight,
                                         similarity_weight=config.similarity_weight,
                                         tag_weight=config.tag_weight, encoder=config.encoder)
 
 
 def group_rewards(scores, config):
-    """Rewards [G] of a group, of which the advantages are made, from the scores of its completions."""
+    """Rewards [G] of a group, of which the advantages are made, from the scores of its completions.
+
+    config: not needed here; `rollout`, the same in the three scripts, gives it.
+    """
     return torch.tensor([scored["score"] for scored in scores], dtype=torch.float64)
 
 
@@ -136,7 +140,10 @@ def group_rewards(scores, config):
 
 
 def question_stream(rows, seed, position):
-    """Endless rows, shuffled anew each epoch. The order hangs on the seed alone, so a resumed run goes on."""
+    """Endless rows, (row, prompt_ids) each, shuffled anew each epoch.
+
+    The order hangs on the seed alone, so a resumed run goes on.
+    """
     while True:
         epoch, start = divmod(position, len(rows))
         order = random.Random(f"{seed}-{epoch}").sample(range(len(rows)), len(rows))
@@ -175,7 +182,7 @@ def rollout(model, tokenizer, questions, config, compute, stops, generator):
         rewards = group_rewards(scores[members], config)
         groups.append({
             "row": row, "prompt_ids": torch.tensor(prompt_ids, device=ids.device), "texts": texts[members],
-            "completion_ids": ids,  # [G, T], as all that follows by token
+            "completion_ids": ids,  # [G, T], as are the mask and the logps
             "completion_mask": mask & ended[:, None] if config.mask_truncated else mask,
             "sampler_logps": sampler_logps[members, :lengths.max()],
             "lengths": lengths, "truncated": ~ended,  # [G]; truncated: cut at the limit, without an EOS
@@ -217,9 +224,10 @@ def token_logps(model, prompt, prompt_ids, completion_ids, temperature):
     in the loss.
     """
     G = len(completion_ids)
-    cache = DynamicCache([[x.expand(G, -1, -1, -1) for x in pair] for pair in prompt])  # views, no copies
+    cache = DynamicCache([[x.expand(G, -1, -1, -1) for x in pair] for pair in prompt])  # which copies them
     inputs = torch.cat([prompt_ids[-1:].expand(G, 1), completion_ids[:, :-1]], dim=1)
-    with evaluation.attention(model, "group", instead_of="sdpa"):  # nor of keys that heads share
+    # no key is copied for the query heads that share it
+    with evaluation.attention(model, "group", instead_of="sdpa"):
         hidden = model.get_decoder()(inputs, past_key_values=cache, use_cache=True)[0]
     logps, entropy = evaluation.chosen_logps(model, hidden.flatten(0, 1), completion_ids.flatten(),
                                              temperature)
@@ -262,10 +270,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, *, num_s
               kl_estimator="unbiased", weights=None):
     """GRPO loss of some completions of a rollout, and sums over their tokens of what one wants to watch.
 
-    logps, old_logps, ref_logps (None where beta = 0), completion_mask, weights (importance weights, or None):
-    [G, T]; advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are those of
-    the whole rollout, so the losses of its parts add up to its loss, however it is cut. Returns (loss, sums
-    of kl, clip_fraction).
+    logps, old_logps, ref_logps (not read where beta = 0), completion_mask, weights (importance weights, or
+    None): [G, T]; advantages [G]. The denominators num_sequences, num_tokens and max_completion_length are
+    those of the whole rollout, so the losses of its parts add up to its loss, however it is cut. Returns
+    (loss, sums of kl, clip_fraction).
 
     The numbers are TRL 1.16's for loss_type grpo, dapo, dr_grpo and cispo, token and sequence level, with
     kl_estimator "unbiased" for its use_bias_correction_kl=True and "k3" for False. One difference is on
@@ -310,8 +318,8 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
     """Adds the gradient of the whole rollout's loss to the model's parameters, a few completions at a time.
 
     The first epoch after sampling writes each group's old_logps, later ones read them; groups without
-    ref_logps are of a policy that is its own reference. Returns sums over the tokens passed: loss, kl,
-    clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
+    ref_logps are of a policy that is its own reference, or has none. Returns sums over the tokens passed:
+    loss, kl, clip_fraction, entropy, sampler_gap (|trainer - sampler| log-probability), tokens.
     """
     masks = [group["completion_mask"] for group in groups]
     # denominators: the whole rollout's, for all its parts
@@ -321,7 +329,7 @@ def policy_gradient(model, groups, first_epoch, config, compute, scaler):
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "sampler_gap", "tokens"), 0.0)
     with evaluation.sparse_embedding_gradient(model):
         for group in groups:
-            if group["zero_std"] and not config.beta or not group["completion_mask"].any():
+            if (group["zero_std"] and not config.beta) or not group["completion_mask"].any():
                 continue  # no advantage and no KL, or no token that counts: no gradient
             if first_epoch:
                 group["old_logps"] = torch.zeros_like(group["sampler_logps"])
@@ -415,7 +423,7 @@ def main(config):
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(medmcqa, config)
     evaluation.check_rows(config, train, heldout, counts)
-    libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
+    library_bytes = evaluation.doctor(config, train, heldout)  # in memory before the model
     model, tokenizer, compute = evaluation.load_policy(config, "medmcqa")
     adapters = add_reference_adapter(model) if config.beta else ["default"]
     config = replace(config, encoder=evaluation.pick_encoder(config.similarity, config.encoder))
@@ -423,8 +431,8 @@ def main(config):
     heldout = evaluation.encode_rows(tokenizer, heldout[:config.eval_size], config.max_prompt_length,
                                      "held-out")
     if config.dry_run:  # two steps on the longest rows, in a folder that is gone afterwards
-        train, heldout, estimate = evaluation.longest_rows(config, train, heldout, libraries)
-        config = replace(config, steps=3, eval_every=0)
+        train, heldout, estimate = evaluation.longest_rows(config, train, heldout, library_bytes)
+        config = replace(config, steps=2, eval_every=0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
@@ -466,8 +474,9 @@ def main(config):
     bar = tqdm(run.steps(step + 1, config.steps), "train", config.steps, initial=step, unit="step",
                disable=None)
     for step in bar:
-        renewed = config.beta and (step == 1 or config.ref_every and (step - 1) % config.ref_every == 0)
-        if renewed:
+        # the reference is the policy in the first step, and every ref_every steps again
+        renewed = step == 1 or (config.ref_every > 0 and (step - 1) % config.ref_every == 0)
+        if config.beta and renewed:
             copy_adapter(model)
 
         # sample groups; on demand, groups whose rewards are all equal make room for those of other questions
@@ -532,9 +541,9 @@ def main(config):
             return
         if run.stop_signal or step == config.steps or (config.save_every and step % config.save_every == 0):
             save()
-        if run.stop_signal:
-            bar.close()
-            sys.exit(run.stopped(step))
+            if run.stop_signal:
+                bar.close()
+                sys.exit(run.stopped(step))
 
     # --- after
     run.write_records("eval_after", evaluate("after"))

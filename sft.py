@@ -170,7 +170,7 @@ def main(config):
     # --- data, model, and everything else that a checkpoint holds
     train, heldout, counts = load_task(evaluation.TASKS[config.task], config)
     evaluation.check_rows(config, train, heldout, counts)
-    libraries = evaluation.doctor(config, train, heldout)  # bytes in memory before the model
+    library_bytes = evaluation.doctor(config, train, heldout)  # in memory before the model
     heldout = heldout[:config.eval_size]
     model, tokenizer, compute = evaluation.load_model(
         config.model, config.dtype, fp32_weights=not config.lora_r, load_in_4bit=config.load_in_4bit,
@@ -180,8 +180,8 @@ def main(config):
     heldout = evaluation.encode_rows(tokenizer, heldout, config.max_seq_length, "held-out")
     if config.dry_run:
         planned = steps_an_epoch(pairs, config) * config.num_epochs
-        pairs, heldout, estimate = evaluation.longest_rows(config, pairs, heldout, libraries)
-        config = replace(config, num_epochs=3, eval_every=0)
+        pairs, heldout, estimate = evaluation.longest_rows(config, pairs, heldout, library_bytes)
+        config = replace(config, num_epochs=2, eval_every=0)
     if config.lora_r:
         model = evaluation.new_adapter(model, config.lora_r, config.lora_alpha, config.seed)
     recomputed = []  # layers that checkpoint while their own `training` is set; their parts stay in eval mode
@@ -294,9 +294,9 @@ def main(config):
             bar.write(f"{line}  {pace(run.history, steps)}")
         if run.stop_signal or step == steps or (config.save_every and step % config.save_every == 0):
             save()
-        if run.stop_signal:
-            bar.close()
-            sys.exit(run.stopped(step))
+            if run.stop_signal:
+                bar.close()
+                sys.exit(run.stopped(step))
 
     # --- after
     run.write_records("eval_after", evaluate("after"))

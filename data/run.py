@@ -6,10 +6,12 @@ wrong.
     samples.jsonl      a question, its completions and their rewards, every few steps
     eval_before.jsonl  a line a held-out example; eval_after.jsonl the same after training
     checkpoint/        all that a resumed run needs to come to the same weights
+    model/             what was trained, written at the end
+    bad_batch_N.json   what step N was trained on, where its update was not finite
     curves.png         the metrics as pictures
     summary.json       before and after; its being there says that the run is finished
 
-Nothing in here ends the process but a signal that comes outside of a step, when nothing would be lost:
+Nothing in here ends the process but a signal that comes outside of the steps, or after the last was saved:
 scripts ask `run.stop_signal` and end themselves, and what else is wrong is raised as an InputError.
 """
 import fcntl
@@ -84,16 +86,16 @@ class Run:
         self.history = []
         self.warned = set()  # names of warnings
         self.skipped = Counter()
-        self.bad_step = None  # the last step with an update that had to be skipped
+        self.bad_step = None  # the last with an update left out, the search for fp16's scale aside
         self.bad_in_a_row = 0
         self.identity = None  # of the run, whose checkpoints carry it
-        check_out(self.folder, may_hold=WRITTEN)
+        check_out(self.folder, may_hold=WRITTEN)  # is it a file?
         self.launched = self._read_config()
         self.finished = bool(self.launched) and (self.folder / "summary.json").exists()
         if self.launched:
             self._check_launch(config)
         else:
-            check_out(self.folder, may_hold=("config.json",))
+            check_out(self.folder, may_hold=("config.json",))  # an empty one, of a run killed making it
             self.launched = self.settings
         self.schedule_steps = self.launched.get("steps")  # of the learning rate: fixed at launch
 
@@ -111,7 +113,8 @@ class Run:
         return launched
 
     def _check_launch(self, config):
-        """Raises InputError unless this launch goes on with the run that the folder holds."""
+        """Locks an unfinished run; raises InputError unless this launch goes on with what the folder holds.
+        """
         if not self.finished:
             self._lock()
         if not config.resume:
@@ -121,7 +124,7 @@ class Run:
             raise InputError(f"--out {self.folder} holds a run of {self.launched['script']}.py: take another "
                              "folder")
         changed = []
-        for key, value in json.loads(json.dumps(self.settings)).items():
+        for key, value in json.loads(json.dumps(self.settings)).items():  # as the file has them
             if key not in MAY_CHANGE and self.launched.get(key, value) != value:
                 changed.append(f"--{key} ({self.launched[key]!r} at launch)")
         if changed:
@@ -136,7 +139,7 @@ class Run:
         where --resume comes with others.
         """
         rows = {"training": fingerprint(train), "held-out": fingerprint(heldout)}
-        if self.lock:
+        if self.lock:  # a run to go on with, locked by _check_launch
             self._check_rows(rows)
         else:
             self.launched = {**self.settings, "script": self.script, "rows": rows}
@@ -165,14 +168,14 @@ class Run:
                              "the launch's --data as it was then, or take another --out")
 
     def _write_config(self):
-        """Writes config.json through the lock's file; half of it would block the folder."""
-        if (self.folder / "config.json").stat().st_size:  # since this process looked
+        """Writes config.json through the lock's file."""
+        if (self.folder / "config.json").stat().st_size:  # another process was first, after _read_config
             raise InputError(f"--out {self.folder} holds another run: add --resume to continue it, or take "
                              "another folder")
         try:
             self.lock.write((json.dumps(self.launched, indent=1) + "\n").encode())
         except OSError:
-            self.lock.truncate(0)
+            self.lock.truncate(0)  # half of it would block the folder
             raise
 
     def _start_wandb(self):
@@ -193,13 +196,13 @@ class Run:
             raise InputError(f"--out {self.folder}: another run is at work in it: wait for its end or stop "
                              "it, or take another folder") from None
         except OSError as error:
-            if not self.lock:
+            if not self.lock:  # it was open that failed, not flock
                 raise InputError(f"--out {self.folder} cannot be written ({error.strerror})") from None
             print(f"{self.folder} has no file locks ({error.strerror}): see to it yourself that no second "
                   "run works in it")
 
     def close(self):
-        """Lets go of the lock and of the signals."""
+        """Lets go of the lock and of the signals, and deletes the folder of a dry run."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.lock:
@@ -230,9 +233,13 @@ class Run:
         """Closes a run that a signal ends after `step`, says how to go on, and returns the exit code, 128 +
         signal.
         """
-        self.curves()
+        if self.in_steps:  # elsewhere the signal came in the middle of something
+            self.curves()
+        go_on = f"to go on, repeat the command with --out {self.folder} --resume"
+        if self.temporary:
+            go_on = "a dry run leaves nothing"
         self.close()
-        print(f"stopped after step {step}; to go on, repeat the command with --out {self.folder} --resume")
+        print(f"stopped after step {step}; {go_on}")
         return 128 + self.stop_signal
 
     # --- logs
@@ -419,13 +426,13 @@ class Run:
 
     def skip_update_or_give_up(self, step, bad, numbers, groups, scaler):
         """Counts an update that is left out because `bad`, see not_finite, is not finite; the batch is then
-        in bad_batch_STEP.json. Raises InputError at the third such step in a row.
+        in bad_batch_STEP.json, for the first ten. Raises InputError at the third such step in a row.
 
         An infinite gradient in fp16 is no fault: the scaler is still looking for its scale, and lowers it.
         """
         self.skipped[step] += 1
         looking = scaler.is_enabled() and scaler.get_scale() > 1
-        if bad == ["gradient"] and looking or step == self.bad_step:
+        if (bad == ["gradient"] and looking) or step == self.bad_step:
             return
         self.bad_in_a_row = self.bad_in_a_row + 1 if self.bad_step == step - 1 else 1
         self.bad_step = step
@@ -436,7 +443,9 @@ class Run:
             record = {"step": step, "not_finite": bad, **numbers, "batch": batch}
             self._write(file.name, json.dumps(record) + "\n")
         words = (f"step {step}: {' and '.join(bad).replace('_', ' ')} not finite (NaN or infinite), the "
-                 f"update is skipped; the batch is in {file}")
+                 "update is skipped")
+        if file.exists():
+            words += f"; the batch is in {file}"
         tqdm.write(f"WARNING: {words}", file=sys.stderr)
         if self.bad_in_a_row == BAD_STEPS:
             advice = "lower --learning_rate or --max_grad_norm, or try --dtype bf16 or fp32"
@@ -507,7 +516,7 @@ def draw_curves(panels, records, heldout):
     parts = [key for key in records[0] if key.startswith("reward_") and key != "reward_std"]
     panels = [panel for panel in panels if panel[0] != "Answers" or answers]
     columns = min(len(panels), 3 if len(panels) % 3 == 0 else 4)
-    lines = math.ceil(len(panels) / 4)
+    lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for axis in axes[len(panels):]:
@@ -562,7 +571,7 @@ def retry_with_less_memory(config, optimizer, attempt):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        size = config.completions_per_forward or config.group_size
+        size = min(config.completions_per_forward or config.group_size, config.group_size)
         if size == 1:
             smaller = "a smaller --model"
             if hasattr(config, "load_in_4bit"):
@@ -570,7 +579,7 @@ def retry_with_less_memory(config, optimizer, attempt):
             raise InputError("out of memory with --completions_per_forward 1 too: lower "
                              f"--max_completion_length or --max_prompt_length, {smaller}, or --beta 0, which "
                              "needs no reference")
-        optimizer.zero_grad()  # and out of the except block, where the failed attempt's tensors are free
+        optimizer.zero_grad()  # here, behind the except block, the failed attempt's tensors are free
         torch.cuda.empty_cache()
         config.completions_per_forward = size // 2
         words = f"--completions_per_forward {size // 2} (slower, the same gradient)"
@@ -595,10 +604,11 @@ def collapse_warnings(history, settings, window=10):
     if len(last) < window:
         return {}
     warnings = {}
-    kl, entropy, accuracy = (fmean(record[key] for record in last) for key in ("kl", "entropy", "accuracy"))
-    if sorted(record["kl"] for record in last)[window // 2] > 0.5:
-        warnings["kl"] = (f"the policy has left its reference (KL {kl:.2f} nats per token): raise --beta, "
-                          "lower --learning_rate, or renew the reference more often (--ref_every)")
+    entropy, accuracy = (fmean(record[key] for record in last) for key in ("entropy", "accuracy"))
+    median_kl = sorted(record["kl"] for record in last)[window // 2]
+    if median_kl > 0.5:
+        warnings["kl"] = (f"the policy has left its reference (KL {median_kl:.2f} nats per token): raise "
+                          "--beta, lower --learning_rate, or renew the reference more often (--ref_every)")
     at_first = fmean(record["entropy"] for record in history[:window])
     if entropy < min(0.1 * at_first, 0.05) and accuracy < 0.8:
         warnings["entropy"] = (f"the entropy has collapsed ({entropy:.3f} nats): the policy says the same "
