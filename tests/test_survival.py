@@ -410,6 +410,23 @@ def test_a_missing_or_damaged_eval_before(damage, tmp_path):
     run.close()
 
 
+def test_a_signal_while_a_checkpoint_is_read_leaves_it_whole(tmp_path, monkeypatch):
+    folder = begun(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # as a kill leaves it
+    usual, before = torch.load, state_of(folder)
+
+    def killed(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return usual(*arguments, **options)
+
+    run = opened(folder)
+    monkeypatch.setattr(torch, "load", killed)
+    with pytest.raises(SystemExit) as end:
+        run.load_checkpoint()
+    assert end.value.code == 128 + signal.SIGTERM and state_of(folder) == before
+
+
 def test_after_a_missing_eval_before_what_the_line_says_works(stopped, whole, tmp_path, capsys):
     folder = stopped(grpo_pubmedqa, tmp_path / "run")
     (folder / "eval_before.jsonl").unlink()
