@@ -1,4 +1,5 @@
 """The algorithm, to the digit: TRL's numbers, and the invariants of GRPO on real (tiny) models."""
+import ast
 import copy
 import itertools
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 
 import eval as evaluation
@@ -57,8 +59,25 @@ def test_the_algorithm_block_is_the_same_in_all_scripts():
     assert blocks[0].strip() and all(block == blocks[0] for block in blocks)
 
 
-# --- the loss in every other setting, and the KL whose gradient is a KL's
-# ----------------------------------------------
+MAY_IMPORT = {  # of ours, by name, "data" with all its modules (DESIGN 2)
+    "data": {"data"}, "rewards": set(), "eval": {"data", "rewards"}, "sft": {"data", "rewards", "eval"},
+    "grpo_pubmedqa": {"data", "rewards", "eval"}, "grpo_medmcqa": {"data", "rewards", "eval"},
+    "grpo_ecg": {"data", "rewards", "eval"}}
+
+
+def test_imports_run_one_way():
+    for path in (*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")):
+        name = "data" if path.parent.name == "data" else path.stem
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+        assert imported & MAY_IMPORT.keys() <= MAY_IMPORT[name], (path, imported)
+
+
+# --- the loss in every other setting, and the KL whose gradient is a KL's -----------------------------------
 
 
 def loss_by_the_book(logps, old_logps, ref_logps, advantages, mask, *, num_tokens, max_completion_length,
@@ -172,8 +191,7 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     assert logps.grad.tolist() == [[-2.5, -2.5]] and watched["clip_fraction"] == 2  # capped at 5, not cut off
 
 
-# --- log-probabilities on models of five families
-# ---------------------------------------------------------------------
+# --- log-probabilities on models of five families -----------------------------------------------------------
 
 
 def load(folder):
@@ -318,8 +336,7 @@ def test_gradient_of_the_shared_prompt_is_the_padded_loops(family, family_folder
     assert 1e-4 < own_error < 0.5 and (shared - expected).norm() / expected.norm() < 2 * own_error + 0.01
 
 
-# --- a rollout and its gradient, through the script's own functions
-# ----------------------------------------------------
+# --- a rollout and its gradient, through the script's own functions -----------------------------------------
 
 
 

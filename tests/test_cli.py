@@ -189,8 +189,7 @@ def test_wandb_offline_leaves_a_run_folder(tmp_path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
-# --- bad input
-# --------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -301,8 +300,7 @@ def test_4bit_without_bitsandbytes_is_a_sentence(tmp_path, capsys, monkeypatch):
     assert end.value.code == 2 and "pip install bitsandbytes" in capsys.readouterr().err
 
 
-# --- the folder of a run, kill and resume
-# -------------------------------------------------------------------------------
+# --- the folder of a run, kill and resume -------------------------------------------------------------------
 
 LONGER = ["--model", "tiny", "--data", "builtin", "--steps", "6", "--prompts_per_step", "2", "--group_size",
           "4", "--eval_size", "6",
@@ -361,8 +359,7 @@ def test_resume_without_a_checkpoint_starts_fresh(uninterrupted, tmp_path):
     check_same_run(tmp_path / "run", uninterrupted)
 
 
-# --- evaluation
-# ---------------------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------
 
 
 def test_statistics_against_known_values():

@@ -80,8 +80,7 @@ def test_eval_command_reports_pass_at_k_and_majority(tmp_path, capsys):
     assert "3 samples each: mean accuracy" in printed and "maj@3" in printed and "(always '" in printed
 
 
-# --- what dooms a run is said early
-# -----------------------------------------------------------------------------------
+# --- what dooms a run is said early -------------------------------------------------------------------------
 
 
 def run_pubmedqa(tmp_path, capsys, *flags):

@@ -63,8 +63,7 @@ def grpo_run(sft_run, tmp_path_factory):
     return folder
 
 
-# --- sampling with an adapter
-# --------------------------------------------------------------------------------------------
+# --- sampling with an adapter -------------------------------------------------------------------------------
 
 
 def two_adapters(folder, dtype="fp32"):
@@ -122,8 +121,7 @@ def test_folding_reaches_every_layer_in_fp32_and_none_in_bf16(family_folder):
             assert sum("forward" in vars(module) for module in model.modules()) == layers
 
 
-# --- what is trained and what is not
-# ------------------------------------------------------------------------------------
+# --- what is trained and what is not ------------------------------------------------------------------------
 
 
 def trained_model(family_folder, family, tmp_path, **knobs):
@@ -198,8 +196,7 @@ def test_kl_is_zero_right_after_a_refresh(grpo_run):
     assert kl[0] == 0 and kl[1] > 0 and kl[2] == 0  # renewed before step 3
 
 
-# --- the runs
-# -----------------------------------------------------------------------------------------------------------
+# --- the runs -----------------------------------------------------------------------------------------------
 
 
 def test_an_sft_run_leaves_its_files_and_learns(sft_run):
@@ -317,8 +314,7 @@ def test_real_questions(real_data, tmp_path):
                       "--out", tmp_path / "grpo") == 0
 
 
-# --- bad input
-# ----------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script, arguments, words", [
@@ -445,8 +441,7 @@ def test_help_lists_every_knob(script, config):
     assert all(f"--{field.name}" in text for field in fields(config))
 
 
-# --- heads side by side
-# -------------------------------------------------------------------------------------------------
+# --- heads side by side -------------------------------------------------------------------------------------
 
 
 def heads(*arguments):
