@@ -221,11 +221,11 @@ def load_model(name, dtype="auto", *, fp32_weights=False, attn_implementation="s
     return model, tokenizer, compute
 
 
-def new_adapter(model, r, alpha, seed):
+def new_adapter(model, r, alpha, seed, task_type="CAUSAL_LM"):
     """`model` with a fresh LoRA adapter on all its linear layers but the output's, whatever their names."""
     from peft import LoraConfig, get_peft_model  # a second to import, and full fine-tuning needs none of it
     torch.manual_seed(seed)  # of the first factor; the second starts at zero, so the model starts as it was
-    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type=task_type)
     return get_peft_model(model, lora).eval()
 
 
@@ -1169,7 +1169,10 @@ def estimate_memory(config, prompt, question):
         a_layer = new * (token + c * kv)
     # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come, and their gradients
     block = new * min(vocabulary, BLOCK)
-    update = {"gradients": 4 * trained, "activations": (layers + 1) * a_layer,
+    activations = (layers + 1) * a_layer
+    if getattr(config, "gradient_checkpointing", False):
+        activations = layers * new * c * h + a_layer  # what goes into each layer, and one layer at work
+    update = {"gradients": 4 * trained, "activations": activations,
               "logits": (4 if c == 4 else 4 + 2 * c) * block}
     if not lora_r:
         update["gradients"] += 4 * embedding  # one of the output layer on its way

@@ -30,7 +30,7 @@ from typing import Literal
 
 import torch
 import tyro
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -458,14 +458,13 @@ def train_reward_model(config):
         model = AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     except Exception as error:  # a dozen types of transformers and hub, one thing to the user: no model
-        advice = "--model tiny, or --model PATH to a local folder"
-        raise InputError(hub_message(f"model {config.model}", error, advice)) from error
+        message = hub_message(f"model {config.model}", error, evaluation.INSTEAD_OF_HUB)
+        raise InputError(message) from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the model finds the last token
     model.to("cuda" if GPU else "cpu")
     if config.lora_r:
-        model = get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r,
-                                                 target_modules="all-linear", task_type="SEQ_CLS"))
+        model = evaluation.new_adapter(model, config.lora_r, 2 * config.lora_r, config.seed, "SEQ_CLS")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent)
