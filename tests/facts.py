@@ -10,9 +10,9 @@ calls, counted on a tiny run.
 import ast
 import difflib
 import itertools
-import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 SCRIPTS = ("grpo_pubmedqa", "grpo_medmcqa", "grpo_ecg")
@@ -75,10 +75,10 @@ def main(folder):
         different = [line for line in difflib.unified_diff(outside(texts[one]), outside(texts[two]), n=0)
                      if line[0] in "+-" and not line.startswith(("+++", "---"))]
         print(f"{one} and {two}: {len(different)} lines differ outside of the fence")
-    out = folder / "runs" / f"facts-{os.getpid()}"
-    code = STEP.format(folder=str(folder), out=str(out))
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
-                          check=True)
+    with tempfile.TemporaryDirectory() as out:
+        code = STEP.format(folder=str(folder), out=f"{out}/run")
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+                              check=True)
     print(f"functions of ours behind one step of grpo_pubmedqa: {done.stdout.splitlines()[-1]}")
 
 
