@@ -1398,12 +1398,11 @@ def peak_memory_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():
-        # not getrusage's figure, which begins with the size of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines()
-                    if line.startswith("VmHWM")) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
-                                                                 else 1024) / 1e9
+    if status.exists():  # getrusage's figure begins with the size of the process that started this one
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def versions():

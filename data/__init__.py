@@ -294,8 +294,8 @@ def read_hub(name, config, split="train"):
     try:
         dataset = load_dataset(name, config, split=split)
     except Exception as error:  # datasets raises a dozen types for what is one thing to the user: no data
-        raise InputError(hub_message(f"dataset {where}", error, "--data builtin, or --data PATH to a local "
-                                                                "file")) from error
+        raise InputError(hub_message(f"dataset {where}", error,
+                                     "--data builtin, or --data PATH to a local file")) from error
     return [(f"{where}, row {index}", record) for index, record in enumerate(dataset)]
 
 

@@ -155,8 +155,8 @@ def main(out, steps, batch_size, learning_rate, hidden, layers, seed):
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step}/{steps}  loss {losses}  {time.time() - start:.0f} s", flush=True)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (tokenizer.eos_token_id,
-                                                                                  tokenizer.pad_token_id)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.float16).save_pretrained(out)  # half the size in the repository; loaded as fp32
     tokenizer.save_pretrained(out)
     (Path(out) / "how_it_was_made.json").write_text(json.dumps(

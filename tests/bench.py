@@ -502,9 +502,8 @@ def gpu(arguments):
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                torch.cuda.set_per_process_memory_fraction(min(1.0,
-                                                               cap * 1e9 / torch.cuda.get_device_properties(
-                                                                   0).total_memory))
+                whole = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / whole))
             result, step = {"model": real, "cap_gb": cap, "loop": name}, None
             try:
                 step = make()
@@ -672,9 +671,8 @@ if __name__ == "__main__":
     if arguments.what == "child":
         child_cpu(arguments.settings[0], arguments.threads[0], arguments.rounds, arguments.contenders)
     elif arguments.what == "learning-child":
-        curve, accuracy = {"ours": learning_ours,
-                           "trl": learning_trl}[arguments.contenders[0]](arguments, arguments.seed,
-                                                                         arguments.steps)
+        learn = {"ours": learning_ours, "trl": learning_trl}[arguments.contenders[0]]
+        curve, accuracy = learn(arguments, arguments.seed, arguments.steps)
         print("RESULT " + json.dumps({"curve": curve, "accuracy": accuracy}))
     else:
         {"cpu": cpu, "memory": memory, "growth": growth, "learning": learning,

@@ -215,9 +215,8 @@ PROMPT_LENGTHS = [21, 5, 13]  # unequal, and longer than Gemma's sliding window 
 def test_greedy_tokens_are_those_of_transformers(family, family_folder):
     model, tokenizer = load(family_folder(family))
     prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
-    model.generation_config = plain = evaluation.transformers.GenerationConfig(do_sample=False,
-                                                                               max_new_tokens=24,
-                                                                               pad_token_id=0)
+    plain = evaluation.transformers.GenerationConfig(do_sample=False, max_new_tokens=24, pad_token_id=0)
+    model.generation_config = plain
     free = [model.generate(torch.tensor([p]), generation_config=plain)[0, len(p):].tolist() for p in prompts]
     stop = [free[0][9]]  # an id that is really produced, so that rows of a batch end at different times
     expected = [ids[:ids.index(stop[0]) + 1] if stop[0] in ids else ids for ids in free]
@@ -255,10 +254,8 @@ def test_attention_of_a_group_is_transformers_own(family, family_folder, length)
     results = []
     for name in ("sdpa", "eager"):
         model, tokenizer = evaluation.load_model(family_folder(family), "fp32", attn_implementation=name)[:2]
-        prompt_ids, ids = torch.tensor(random_prompts(tokenizer,
-                                                      [14])[0]), torch.tensor(random_prompts(tokenizer,
-                                                                                             [length] * 3,
-                                                                                             seed=1))
+        prompt_ids = torch.tensor(random_prompts(tokenizer, [14])[0])
+        ids = torch.tensor(random_prompts(tokenizer, [length] * 3, seed=1))
         logps, entropy = grpo.token_logps(model, grpo.prompt_cache(model, prompt_ids), prompt_ids, ids, 1.0)
         logps.sum().backward()
         results.append([logps, entropy, *(p.grad for p in model.parameters())])
@@ -617,12 +614,8 @@ def test_output_layer_in_blocks_is_a_plain_log_softmax(monkeypatch):
                 logps, entropy = evaluation.ChosenLogps.apply(hidden, weight, tokens, temperature)
             else:
                 distribution = (hidden @ weight.T / temperature).log_softmax(-1)
-                logps, entropy = distribution.gather(1,
-                                                     tokens[:,
-                                                            None])[:,
-                                                                   0], -(
-                                                                       distribution.exp() * distribution).sum(
-                                                                           -1)
+                logps = distribution.gather(1, tokens[:, None])[:, 0]
+                entropy = -(distribution.exp() * distribution).sum(-1)
             loss = (logps * upstream).sum()
             first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
             results.append([logps, entropy, *first, *second])

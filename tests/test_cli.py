@@ -256,8 +256,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(403)
         self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("X-Error-Message", "Access to model meta/llama is restricted and you are not in the "
-                                            "authorized list.")
+        self.send_header("X-Error-Message",
+                         "Access to model meta/llama is restricted and you are not in the authorized list.")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -540,8 +540,8 @@ def test_templates_that_refuse_a_system_role_and_models_without_a_template(famil
     (folder / "chat_template.jinja").unlink()
     model, plain, _ = evaluation.load_model(str(folder))
     assert "no chat template" in capsys.readouterr().out
-    assert plain.decode(evaluation.encode_prompt(plain, messages)).endswith("Be brief.\n\nUser: "
-                                                                            "Why?\n\nAssistant: ")
+    text = plain.decode(evaluation.encode_prompt(plain, messages))
+    assert text.endswith("Be brief.\n\nUser: Why?\n\nAssistant: ")
     assert evaluation.stop_ids(model, plain)
 
 

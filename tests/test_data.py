@@ -94,10 +94,10 @@ def official_file(n_others=500):
 def test_the_official_test_questions_are_held_out_and_nothing_else(tmp_path, maybe):
     content, tested = official_file()
     train, heldout, counts = pubmedqa.load_rows(write(tmp_path / "ori_pqal.json", content), maybe=maybe)
-    assert {row["id"] for row in heldout} == {row_id for row_id, label in tested.items() if maybe
-                                              or label != "maybe"}
-    assert len(train) == len(heldout) == (500 if maybe else 445) == counts["held out: questions of the "
-                                                                           "official test set"]
+    wanted = {row_id for row_id, label in tested.items() if maybe or label != "maybe"}
+    assert {row["id"] for row in heldout} == wanted
+    assert len(train) == len(heldout) == (500 if maybe else 445)
+    assert counts["held out: questions of the official test set"] == len(heldout)
     assert not {row["extra"]["question"] for row in train} & {row["extra"]["question"] for row in heldout}
     order = [row["id"] for row in heldout]
     assert order != sorted(order) and order != list(tested)  # so that --eval_size takes a random sample
@@ -135,8 +135,8 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
     twice = SINGLE + [{**SINGLE[1], "question": " does 1  HELP "}, {**SINGLE[1], "ground_truth": "no"}]
     train, heldout, dropped = pubmedqa.load_rows(write(tmp_path / "f.json", twice))
     assert len(train) + len(heldout) == 40
-    assert dropped == {"dropped: question occurs before": 1, "dropped: question occurs before, with another "
-                                                             "answer": 1}
+    assert dropped == {"dropped: question occurs before": 1,
+                       "dropped: question occurs before, with another answer": 1}
 
 
 def test_builtin_questions_follow_their_rule():

@@ -435,8 +435,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert in_process(grpo_ecg, *QUICK, *arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error
-                                                                          for word in words), error
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(word in error for word in words), error
     assert not (tmp_path / "runs").exists()
 
 

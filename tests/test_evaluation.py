@@ -60,8 +60,8 @@ def test_the_page_shows_pass_at_k_with_guessing_beside_it():
                    for truth in ("yes", "no", "maybe")]
         heads[name] = {"generated": evaluation.summarize(records)}
     page = evaluation.report_html("t", heads, [])
-    assert page.count("<svg") == 2 and page.count('class="line line') == 3 and page.count('class="majority '
-                                                                                          'line"') == 1
+    assert page.count("<svg") == 2 and page.count('class="line line') == 3
+    assert page.count('class="majority line"') == 1
     assert "Sampled answers (8 a question)" in page and "pass@4" in page and "maj@8" in page
     assert "<td>62.5%</td>" in page
     assert '<th scope="row">guessing</th><td>33.3%</td>' in page and "always yes" in page
@@ -73,8 +73,8 @@ def test_eval_command_reports_pass_at_k_and_majority(tmp_path, capsys):
     evaluation.main(evaluation.Config(out=str(out), eval_size=4, samples=3, max_completion_length=40))
     summary = json.loads((out / "summary.json").read_text())
     record = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
-    assert summary["samples"] == 3 and list(summary["pass_at_k"]) == ["1", "2",
-                                                                      "3"] and 0 <= summary["maj_at_n"] <= 1
+    assert summary["samples"] == 3 and list(summary["pass_at_k"]) == ["1", "2", "3"]
+    assert 0 <= summary["maj_at_n"] <= 1
     assert len(record["sampled_answers"]) == len(record["sampled_accuracy"]) == 3
     printed = capsys.readouterr().out
     assert "3 samples each: mean accuracy" in printed and "maj@3" in printed and "(always '" in printed

@@ -66,10 +66,10 @@ def test_both_numberings_give_the_same_rows(tmp_path):
     for row in hub[0] + hub[1]:
         check_row(row, "here")
         source = raw[row["id"]]
-        assert row["extra"]["options"] == [source["op" + letter]
-                                           for letter in "abcd"] and row["data_source"] == "medmcqa"
-        assert row["extra"]["options"]["ABCD".index(row["ground_truth"])] == source["op"
-                                                                                    + "abcd"[source["cop"]]]
+        assert row["extra"]["options"] == [source["op" + letter] for letter in "abcd"]
+        assert row["data_source"] == "medmcqa"
+        right = row["extra"]["options"]["ABCD".index(row["ground_truth"])]
+        assert right == source["op" + "abcd"[source["cop"]]]
         listed = "".join(f"\n{letter}. {source['op' + letter.lower()]}" for letter in "ABCD")
         assert row["prompt"][1] == {"role": "user", "content": f"Question: {source['question']}\n{listed}"}
         assert source["exp"] in row["target"] and row["target"].endswith(
@@ -174,11 +174,11 @@ def test_what_is_dropped_and_kept_is_counted(tmp_path):
               "cop": 0},
              {**HUB[3], "id": "other", "cop": 1}]
     rows, counts = load(tmp_path, HUB + extra)
-    assert counts == {"dropped: no label": 2, "dropped: an option is empty": 1, "dropped: two options are "
-                                                                                "the same": 1,
+    assert counts == {"dropped: no label": 2, "dropped: an option is empty": 1,
+                      "dropped: two options are the same": 1,
                       "dropped: occurs before": 1, "dropped: occurs before, with another answer": 1,
-                      "kept: no explanation, so no SFT target": 3, "kept: choice_type multi, one label all "
-                                                                   "the same": 2,
+                      "kept: no explanation, so no SFT target": 3,
+                      "kept: choice_type multi, one label all the same": 2,
                       "mended: explanation began by naming the option": 2}
     by_id = {r["id"].removeprefix("medmcqa:"): r for r in rows}
     assert by_id.keys() == {f"id{i}" for i in [*range(40), *range(104, 110)]}
@@ -193,8 +193,8 @@ def test_a_question_has_one_side_with_whatever_options(tmp_path):
     again = [{**r, "id": "again" + r["id"], "question": r["question"].upper(), "opa": "new"} for r in HUB]
     train, heldout, counts = medmcqa.load_rows(write(tmp_path / "f.json", HUB + again))
     sides = [{r["extra"]["question"].lower() for r in side} for side in (train, heldout)]
-    assert len(train) + len(heldout) == 80 and not counts and not sides[0] & sides[1] and min(map(len,
-                                                                                                  sides)) > 10
+    assert len(train) + len(heldout) == 80 and not counts
+    assert not sides[0] & sides[1] and min(map(len, sides)) > 10
     alone = medmcqa.load_rows(write(tmp_path / "g.json", HUB[::2]))  # and whatever else stands in the file
     assert {r["id"] for r in alone[1]} == {r["id"]
                                            for r in heldout} & {f"medmcqa:id{i}" for i in range(0, 40, 2)}
@@ -240,8 +240,8 @@ CLEAN = [
     ("Ans-a. The pressure fallsGuyton says so.", "The pressure falls", "Guyton says so."),
     ("Ans. is 'c' i.e., It binds iron.", "Ferritin", "It binds iron."),
     ("Ans. is 'c' i.e., Ferritin (Ref: Harper)", "Ferritin", "(Ref: Harper)"),
-    ("Answer- B. FluoxetineFluoxetine has the longest half-life.", "Fluoxetine", "Fluoxetine has the longest "
-                                                                                 "half-life."),
+    ("Answer- B. FluoxetineFluoxetine has the longest half-life.", "Fluoxetine",
+     "Fluoxetine has the longest half-life."),
     ("Ans. BSolitary nodules are cold.", "Thyroid", "Solitary nodules are cold."),
     ("Ans: D", "Iron", ""),
     ("Ans. D. All", "All", ""),
@@ -353,8 +353,8 @@ def test_real_rows_are_counted_and_labelled_as_an_independent_reader_does(real_d
             expected["kept: choice_type multi, one label all the same"] += r["choice_type"] == "multi"
             only_named = re.fullmatch(rf"(?i)ans\w*\W+[a-d]\W*({re.escape(options[r['cop'] - 1])})?\W*",
                                       r["exp"] or "x")
-            expected["kept: no explanation, so no SFT target"] += not (r["exp"]
-                                                                       or "").strip() or bool(only_named)
+            nothing = not (r["exp"] or "").strip()
+            expected["kept: no explanation, so no SFT target"] += nothing or bool(only_named)
     train, heldout, counts = medmcqa.load_rows(str(path))
     rows = {row["id"]: row for row in train + heldout}
     assert len(rows) == len(train) + len(heldout) and rows.keys() == kept.keys()
@@ -422,10 +422,10 @@ def test_builtin_items():
         wrong.append(defaultdict(set))
         for row in side:
             check_row(row, "here")
-            options, ((topic, key, forward, answer),
-                      ) = row["extra"]["options"], meaning[row["extra"]["question"]]
-            assert options["ABCD".index(row["ground_truth"])] == answer and len({option.lower()
-                                                                                 for option in options}) == 4
+            options = row["extra"]["options"]
+            [(topic, key, forward, answer)] = meaning[row["extra"]["question"]]
+            assert options["ABCD".index(row["ground_truth"])] == answer
+            assert len({option.lower() for option in options}) == 4
             peers = {fact[2 if forward else 1] for fact in medmcqa.facts() if fact[0] == topic}
             assert set(options) <= peers
             wrong[-1][topic, key, forward] |= set(options) - {answer}

@@ -34,8 +34,8 @@ FOREIGN = ("python3", "pip", "accelerate", "vllm", "lm_eval", "hf", "torchrun", 
 
 def commands():
     """The arguments of every call of python in the READMEs' shell blocks, as bash expands them."""
-    stubs = "python() { printf '%s\\0' \"$@\"; printf '\\n'; }\n" + "".join(f"{name}() {{ :; }}\n"
-                                                                            for name in FOREIGN)
+    stubs = "python() { printf '%s\\0' \"$@\"; printf '\\n'; }\n"
+    stubs += "".join(f"{name}() {{ :; }}\n" for name in FOREIGN)
     found = []
     for block in SHELL:
         block = re.sub(r"\S*\bbin/(python|pip|ruff)\b", r"\1", block)
@@ -80,10 +80,8 @@ def test_every_path_exists():
 
 
 def test_every_picture_is_shown_and_every_shown_one_exists():
-    assert {path.name
-            for path in (ROOT / "data" / "pictures").iterdir()} == {Path(p).name
-                                                                    for p in re.findall(r"!\[.*?\]\((\S+?)\)",
-                                                                                        README)}
+    there = {path.name for path in (ROOT / "data" / "pictures").iterdir()}
+    assert there == {Path(path).name for path in re.findall(r"!\[.*?\]\((\S+?)\)", README)}
 
 
 def test_every_formula_stands_in_the_script():

@@ -80,8 +80,8 @@ def browse(folder, page, view="", probe=""):
     Returns (what probe returned, the DOM as text, the lines of the browser's console).
     """
     script = ("<script>addEventListener('load', () => { const output = document.createElement('output');"
-              "output.textContent = JSON.stringify((() => {" + probe + "})()); document.body.append(output); "
-                                                                       "})</script>")
+              "output.textContent = JSON.stringify((() => {" + probe + "})());"
+              "document.body.append(output); })</script>")
     file = folder / "report.html"
     file.write_text(page + script, encoding="utf-8")
     flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "

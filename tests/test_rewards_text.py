@@ -19,14 +19,12 @@ BOTH_WAYS = ", ".join(f"{finding}, no {finding}" for finding in rewards.FINDINGS
 # (question, gold answer, tiers of answers): every answer of a tier must score more than every answer of the
 # next
 TABLE = [
-    ("ECG of a man of 50: rate 48, PR 240 ms, QRS 96 ms. What does it show?", "Sinus bradycardia, "
-                                                                              "first-degree AV block, no ST "
-                                                                              "elevation.", [
+    ("ECG of a man of 50: rate 48, PR 240 ms, QRS 96 ms. What does it show?",
+     "Sinus bradycardia, first-degree AV block, no ST elevation.", [
         ["Sinus bradycardia, first-degree AV block, no ST elevation.",
          "sinus bradycardia, first degree AV block, no ST elevation",
-         "First-degree AV block, sinus bradycardia, no ST elevation.", "Sinus bradycardia with a prolonged "
-                                                                       "PR interval, without ST-segment "
-                                                                       "elevation.",
+         "First-degree AV block, sinus bradycardia, no ST elevation.",
+         "Sinus bradycardia with a prolonged PR interval, without ST-segment elevation.",
          "There is sinus bradycardia and first-degree heart block. ST elevation is absent.",
          "Slow sinus rhythm, PR prolongation; ST elevation is not seen."],
         ["Sinus bradycardia, first-degree AV block.", "Sinus bradycardia, no ST elevation."],
@@ -34,10 +32,8 @@ TABLE = [
          "Sinus tachycardia, complete heart block, ST elevation.",
          "No sinus bradycardia, no first-degree AV block, ST elevation.",
          "elevation block ST AV degree no bradycardia sinus first",
-         "Sinus rhythm.", "Atrial fibrillation.", "An ECG.", EVERY_FINDING, BOTH_WAYS, "ECG of a man of 50: "
-                                                                                       "rate 48, PR 240 ms, "
-                                                                                       "QRS 96 ms. What does "
-                                                                                       "it show?",
+         "Sinus rhythm.", "Atrial fibrillation.", "An ECG.", EVERY_FINDING, BOTH_WAYS,
+         "ECG of a man of 50: rate 48, PR 240 ms, QRS 96 ms. What does it show?",
          "Left bundle branch block and left axis deviation.", "Sinus bradycardia " * 2500], [""]]),
     ("What is the upper limit of the normal PR interval?", "The upper limit is 0.2 s.", [
         ["The upper limit is 0.2 s.", "200 ms", "It is 200 milliseconds.", "0.20 seconds", "0.2 sec."],
@@ -53,16 +49,14 @@ TABLE = [
         ["For 3 to 6 weeks.", "For 12 to 24 years.", "After pulmonary embolism anticoagulation is continued.",
          "months review regular", ""]]),
     ("Can I refuse an ECG?", "Yes, you can refuse it, but your doctor should explain the risks.", [
-        ["Yes, you can refuse it, but your doctor should explain the risks.", "Yes, you may refuse; your "
-                                                                              "doctor should explain the "
-                                                                              "risks."],
-        ["No, you can refuse it, but your doctor should explain the risks.", "No.", "You can refuse it, but "
-                                                                                    "your doctor should "
-                                                                                    "explain the risks.",
+        ["Yes, you can refuse it, but your doctor should explain the risks.",
+         "Yes, you may refuse; your doctor should explain the risks."],
+        ["No, you can refuse it, but your doctor should explain the risks.", "No.",
+         "You can refuse it, but your doctor should explain the risks.",
          "Yes and no.", "Can I refuse an ECG?", "risks the explain should doctor your but it refuse can you"],
          [""]]),
-    ("What does ST elevation in II, III and aVF suggest?", "An acute inferior myocardial infarction, usually "
-                                                           "of the right coronary artery.", [
+    ("What does ST elevation in II, III and aVF suggest?",
+     "An acute inferior myocardial infarction, usually of the right coronary artery.", [
         ["An acute inferior myocardial infarction, usually of the right coronary artery.",
          "Acute inferior myocardial infarction, most often from the right coronary artery.",
          "An inferior heart attack of the right coronary artery."],
@@ -286,10 +280,8 @@ def test_what_only_sounds_like_a_retraction_is_none():
     ("the QTc interval is prolonged", "prolonged QT interval"),
     ("AF is ruled out", "no AF"), ("negative for ST elevation", "No ST elevation"),
     ("AF is no longer present", "no AF"),
-    ("AF with no P waves", "Atrial fibrillation with absent P waves"), ("LVH, not RVH", "left ventricular "
-                                                                                        "hypertrophy without "
-                                                                                        "right ventricular "
-                                                                                        "hypertrophy"),
+    ("AF with no P waves", "Atrial fibrillation with absent P waves"),
+    ("LVH, not RVH", "left ventricular hypertrophy without right ventricular hypertrophy"),
     ("No LBBB, AF and ST elevation", "no ST elevation; no LBBB; no AF"), ("QTc above 450 ms", "QTc > 450 ms"),
     ("0.5 mg", "500 micrograms"),
     ("MI cannot be ruled out", "possible MI"), ("nonsustained VT", "non-sustained ventricular tachycardia"),

@@ -200,11 +200,11 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
             (["--model", "tiny", "--adapter", lora, "--out", tmp_path / "full" / "a"], "take another"),
             (["--model", "tiny", "--adapter", lora, "--out", tmp_path / "full" / "a" / "b"],
              "cannot be written"),
-            (["--model", "tiny", "--adapter", tmp_path / "none", "--out", tmp_path / "o"], "is no adapter "
-                                                                                           "folder"),
+            (["--model", "tiny", "--adapter", tmp_path / "none", "--out", tmp_path / "o"],
+             "is no adapter folder"),
             (["--model", "tiny", "--adapter", broken, "--out", tmp_path / "o"], "is no adapter folder"),
-            (["--model", tmp_path / "llama", "--adapter", lora, "--out", tmp_path / "o"], "fits its own base "
-                                                                                          "only"),
+            (["--model", tmp_path / "llama", "--adapter", lora, "--out", tmp_path / "o"],
+             "fits its own base only"),
             (["--model", lora, "--adapter", lora, "--out", tmp_path / "o"], "name the base there"),
             (["--model", tmp_path / "nothing", "--adapter", lora, "--out", tmp_path / "o"],
              "no such model folder")]:

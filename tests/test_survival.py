@@ -750,8 +750,8 @@ def failing(usual, fails):
 
 
 @grpo_scripts
-def test_out_of_memory_once_halves_the_forward_pass_and_repeats_the_step(script, whole, tmp_path, monkeypatch,
-                                                                         capsys):
+def test_out_of_memory_once_halves_the_forward_pass_and_repeats_the_step(script, whole, tmp_path,
+                                                                         monkeypatch, capsys):
     calls = []
     with monkeypatch.context() as context:
         # step 2, second group
@@ -1018,9 +1018,9 @@ def test_memory_is_told_without_proc_too(monkeypatch):  # macOS
 def test_no_code_of_a_model_is_run_and_nobody_is_asked(tmp_path, capsys):
     folder = save_family("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own",
-                                                    "auto_map": {"AutoConfig": "own.Own",
-                                                                 "AutoModelForCausalLM": "own.Own"}}))
+    own_code = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    own_config = {**config, "model_type": "own", "auto_map": own_code}
+    (folder / "config.json").write_text(json.dumps(own_config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert launch(grpo_pubmedqa, *GRPO, "--model", folder, "--out", tmp_path / "run") == 2
     assert "could not be loaded" in one_line(capsys.readouterr().err) and not (tmp_path / "ran").exists()
