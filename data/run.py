@@ -29,7 +29,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 from tqdm import tqdm
@@ -499,7 +499,7 @@ def pace(history, steps):
     history: metrics of the steps of this launch. steps: of the whole run.
     """
     seconds = [record.get("generate_seconds", 0) + record["update_seconds"] for record in history[-10:]]
-    left = fmean(seconds) * (steps - history[-1]["step"])
+    left = median(seconds) * (steps - history[-1]["step"])
     return f"{seconds[-1]:.1f} s, {left / 60:.0f} min left"
 
 
