@@ -1447,7 +1447,7 @@ class Config:
     # texts that end an answer, for base models that do not stop (</answer>)
     stop_strings: tuple[str, ...] = ()
     eval_batch_size: int = 32  # prompts answered at a time
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # what to compute in
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # to compute in; bf16 rounds the weights too
     attn_implementation: str = "sdpa"  # attention kernel of transformers
     load_in_4bit: bool = False  # quantise the model through bitsandbytes
     seed: int = 0  # of the samples
