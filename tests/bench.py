@@ -3,10 +3,10 @@
     python tests/bench.py cpu        a whole GRPO step of ours, of a padded loop, and of TRL where it is there
     python tests/bench.py cpu --settings A B C D E F --threads 1 2 --malloc default tuned    all (90 minutes)
     python tests/bench.py cpu --settings S T L --rounds 2    a real model's shape, LoRA on it, long answers
-    python tests/bench.py memory     peak memory of each, in a process of its own
+    python tests/bench.py memory     peak memory of each, GRPO and SFT, in a process of its own
     python tests/bench.py growth     step time against the group size and the completion length
     python tests/bench.py learning   the built-in model by ours and by TRL: accuracy against wall-clock
-    python tests/bench.py gpu        real shapes, random weights, memory capped at 16 and 24 GB
+    python tests/bench.py gpu        real shapes, random weights, memory capped at 5, 16 and 24 GB
 
 A step is sampling, reference log-probs and mu = 2 updates with beta > 0. All contenders get the same model,
 prompts, lengths, rewards and thread count, and take turns within a process; figures are medians of --rounds
@@ -16,7 +16,7 @@ the output layer, in ours (which has none to hook) where a token is drawn.
   ours    eval.generate and policy_gradient of grpo_pubmedqa.py, as the script calls them
   padded  model.generate on repeated prompts, one padded forward over the batch, completion positions
           projected only, no pass of its own for old log-probs: what a good plain loop does
-  TRL     GRPOTrainer as installed (1.16 was measured), fp32, num_iterations 2
+  TRL     GRPOTrainer as installed (1.16 was measured), fp32, num_iterations 2; for `memory` SFTTrainer too
 Neither of the two checkpoints gradients, but at S and T, where they would not fit into 24 GB without.
 TRL lives in an environment of its own: pip install -r requirements.txt trl==1.16.0
 """
@@ -44,6 +44,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, Qwen2ForCausalLM, Q
 
 import eval as evaluation
 import grpo_pubmedqa as grpo
+import sft
 
 MU, BETA, EOS = 2, 0.04, 2
 MALLOC = {"default": {},
@@ -67,23 +68,27 @@ SETTINGS = {"A": A, "B": {**A, "prompt": (384, 384), "completion": (128, 128)},
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REAL = {  # shapes of real models, for random weights: (model class, config, LoRA)
-    "Qwen2.5-0.5B full": (Qwen2ForCausalLM,
-                          dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                               num_attention_heads=14,
-                          num_key_value_heads=2, tie_word_embeddings=True), 151_936, False),
-    "Llama-3.2-3B LoRA": (LlamaForCausalLM,
-                          dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-                               num_attention_heads=24,
-                          num_key_value_heads=8, head_dim=128, tie_word_embeddings=True), 128_256, True),
-    "Qwen3-4B LoRA": (Qwen3ForCausalLM,
-                      dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-                           num_attention_heads=32,
-                      num_key_value_heads=8, head_dim=128, tie_word_embeddings=True), 151_936, True),
-    "Llama-3.1-8B LoRA": (LlamaForCausalLM,
-                          dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                               num_attention_heads=32,
-                          num_key_value_heads=8, tie_word_embeddings=False), 128_256, True)}
+REAL = {  # shapes of real models, for random weights: (model class, config, vocabulary, LoRA)
+    "Qwen2.5-0.5B full": (
+        Qwen2ForCausalLM,
+        dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+             num_key_value_heads=2, tie_word_embeddings=True),
+        151_936, False),
+    "Llama-3.2-3B LoRA": (
+        LlamaForCausalLM,
+        dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+             num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
+        128_256, True),
+    "Qwen3-4B LoRA": (
+        Qwen3ForCausalLM,
+        dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+             num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
+        151_936, True),
+    "Llama-3.1-8B LoRA": (
+        LlamaForCausalLM,
+        dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+             num_key_value_heads=8, tie_word_embeddings=False),
+        128_256, True)}
 
 
 class Bench:
@@ -98,8 +103,7 @@ class Bench:
             self.model_class, shape = REAL[real][:2]
         if real and DEVICE.type == "cpu":  # the same code on a machine without a GPU
             shape = {**shape, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-                     "num_attention_heads": 4,
-                     "num_key_value_heads": 2, "head_dim": 16}
+                     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
         self.config = self.model_class.config_class(vocab_size=s["vocab"], eos_token_id=EOS, pad_token_id=0,
                                                     bos_token_id=1, **shape)
         generator = torch.Generator().manual_seed(1)
@@ -123,9 +127,8 @@ class Bench:
 
     def reference(self, model):
         """A frozen copy; for LoRA the base without its adapter (same seed), which is TRL's reference too."""
-        return Bench({**self.s,
-                      "lora": False}).model().requires_grad_(False) if self.s["lora"] else copy.deepcopy(
-                          model).requires_grad_(False)
+        reference = Bench({**self.s, "lora": False}).model() if self.s["lora"] else copy.deepcopy(model)
+        return reference.requires_grad_(False)
 
     def ending(self, rows, t):
         """Which of this many rows have token t as their last one. Rows that ended before have left, or are
@@ -176,8 +179,8 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     config = replace(grpo.Config(), beta=beta, mu=MU, group_size=s["G"],
                      max_completion_length=s["completion"][1])
-    scaler, generator = torch.amp.GradScaler(DEVICE.type,
-                                             enabled=False), torch.Generator(DEVICE).manual_seed(0)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def sample():
         usual, t = evaluation.draw, itertools.count()
@@ -196,12 +199,14 @@ def our_step(bench, beta=BETA, compute=torch.float32, weights=torch.float32):
         for i, prompt in enumerate(bench.prompts):
             own = slice(i * s["G"], (i + 1) * s["G"])
             groups.append({"prompt_ids": torch.tensor(prompt, device=DEVICE), "completion_ids": ids[own],
-                           "completion_mask": mask[own],
-                           "sampler_logps": logps[own], "advantages": advantages[i], "zero_std": False})
+                           "completion_mask": mask[own], "sampler_logps": logps[own],
+                           "advantages": advantages[i], "zero_std": False})
         if beta:
-            model.set_adapter("reference") if s["lora"] else None
+            if s["lora"]:
+                model.set_adapter("reference")
             grpo.add_reference_logps(reference, groups, config, compute)
-            model.set_adapter("default") if s["lora"] else None
+            if s["lora"]:
+                model.set_adapter("default")
         for epoch in range(MU):
             grpo.policy_gradient(model, groups, epoch == 0, config, compute, scaler)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -244,13 +249,12 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
     def logps_of(model, ids, attention_mask, keep):
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
         logits = model(input_ids=torch.cat([prompts, ids], 1), attention_mask=attention_mask,
-                       position_ids=positions,
-                       logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
+                       position_ids=positions, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
         return logits.float().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
 
     def update(ids):
-        mask = torch.arange(ids.shape[1],
-                            device=DEVICE)[None] < torch.tensor(bench.lengths, device=DEVICE)[:, None]
+        lengths = torch.tensor(bench.lengths, device=DEVICE)
+        mask = torch.arange(ids.shape[1], device=DEVICE)[None] < lengths[:, None]
         attention_mask = torch.cat([prompt_mask, mask.long()], 1)
         advantages = grpo.group_advantages(bench.rewards, "group").float().flatten().to(DEVICE)
         with torch.no_grad(), evaluation.autocast(compute):
@@ -261,10 +265,9 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
                 logps = logps_of(model, ids, attention_mask, ids.shape[1])
             old_logps = logps.detach() if old_logps is None else old_logps
             loss, _ = grpo.grpo_loss(logps, old_logps, ref_logps, advantages, mask, num_sequences=len(ids),
-                                     num_tokens=int(mask.sum()),
-                                     max_completion_length=s["completion"][1], epsilon=0.2, epsilon_high=0.2,
-                                     beta=BETA,
-                                     loss_type="grpo", importance_level="token")
+                                     num_tokens=int(mask.sum()), max_completion_length=s["completion"][1],
+                                     epsilon=0.2, epsilon_high=0.2, beta=BETA, loss_type="grpo",
+                                     importance_level="token")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -280,20 +283,25 @@ def padded_step(bench, compute=torch.float32, weights=torch.float32):
     return step
 
 
+def word_tokenizer(bench):
+    """A tokenizer for which token i is the word wi; TRL takes texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = {"<pad>": 0, "<s>": 1, "</s>": EOS, **{f"w{i}": i for i in range(3, bench.s["vocab"])}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                   eos_token="</s>", padding_side="left")
+
+
 def trl_steps(bench, between, rounds):
     """Runs rounds + 1 steps of TRL's trainer; `between` is called after each. Returns [(sampling, update)] of
     all.
     """
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    s, folder = bench.s, tempfile.mkdtemp()
-    words = {"<pad>": 0, "<s>": 1, "</s>": EOS, **{f"w{i}": i for i in range(3, s["vocab"])}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
-                                        eos_token="</s>", padding_side="left")
+    s, folder, tokenizer = bench.s, tempfile.mkdtemp(), word_tokenizer(bench)
     model = bench.model()
     base = model.get_base_model() if s["lora"] else model
     if not s["lora"]:  # TRL loads its reference from the model's folder
@@ -339,6 +347,58 @@ def trl_steps(bench, between, rounds):
     return times
 
 
+def sft_pairs(bench):
+    """Eight rows (prompt ids, completion ids) of the setting's lengths, its longest among them."""
+    lengths = sorted(bench.lengths)[::max(1, len(bench.lengths) // 8)][:7] + [max(bench.lengths)]
+    return [(bench.prompts[i % len(bench.prompts)], [7 + i] * length) for i, length in enumerate(lengths)]
+
+
+def our_sft(bench, rounds):
+    """Seconds of `rounds` steps of supervised training on sft_pairs, as sft.py's loop makes them."""
+    model = bench.model()
+    if bench.s["checkpointing"]:
+        model.activation_checkpointing_enable()
+        sft.give_back_freed_memory()
+        for module in model.modules():
+            module.training = isinstance(module, sft.GradientCheckpointingLayer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+    def step():
+        nll, num_tokens = sft.completion_nll(model, sft_pairs(bench), torch.float32)
+        (nll / num_tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return [timed(step)[1] for _ in range(rounds)]
+
+
+def trl_sft(bench, rounds):
+    """The same by TRL's SFTTrainer, whose loss is on the completions too."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    clock, seconds = {}, []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            clock["start"] = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            seconds.append(time.perf_counter() - clock["start"])
+
+    rows = [{"prompt": " ".join(f"w{i}" for i in prompt), "completion": "".join(f" w{i}" for i in completion)}
+            for prompt, completion in sft_pairs(bench)]
+    SFTTrainer(model=bench.model(), processing_class=word_tokenizer(bench), callbacks=[Clock()],
+               train_dataset=Dataset.from_list(rows),
+               args=SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, max_length=None,
+                              gradient_checkpointing=bench.s["checkpointing"], learning_rate=1e-6, bf16=False,
+                              use_cpu=True, report_to=[], save_strategy="no", max_steps=rounds,
+                              disable_tqdm=True, logging_strategy="no")).train()
+    return seconds
+
+
 def gemm_rate():
     """fp32 matrix multiplication on this machine with the current threads, FLOP/s."""
     x, y = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -366,9 +426,17 @@ def update_flops(bench):
     return total
 
 
+SFT = {"sft": our_sft, "trl-sft": trl_sft}  # contenders of `memory`, each alone in its process
+
+
 def child_cpu(name, threads, rounds, contenders):
     """Measures one setting in this process; prints a JSON line."""
     torch.set_num_threads(threads)
+    if contenders[0] in SFT:
+        seconds = SFT[contenders[0]](Bench(SETTINGS[name]), rounds + 1)[1:]
+        print("RESULT " + json.dumps({"step": statistics.median(seconds),
+                                      "peak_memory_gb": evaluation.peak_memory_gb()}), flush=True)
+        return
     bench, times, resampled, gemm = Bench(SETTINGS[name]), {}, {}, []
     steps = {key: make(bench) for key, make in (("ours", our_step), ("padded", padded_step))
              if key in contenders}
@@ -402,16 +470,15 @@ def child_cpu(name, threads, rounds, contenders):
             update_flops(bench) / result["ours"]["update"] / statistics.median(gemm))
     for key in set(times) - {"ours"}:
         result["ratio_" + key] = result[key]["step"] / result["ours"]["step"] if "ours" in result else None
-        result["sampling_ratio_"
-               + key] = result[key]["sampling"] / result["ours"]["sampling"] if "ours" in result else None
+        sampling = result[key]["sampling"]
+        result["sampling_ratio_" + key] = sampling / result["ours"]["sampling"] if "ours" in result else None
     result["peak_memory_gb"] = evaluation.peak_memory_gb()
     print("RESULT " + json.dumps(result), flush=True)
 
 
 def run_child(name, threads, rounds, contenders, malloc):
-    command = [sys.executable, __file__, "child", "--settings", name, "--threads", str(threads), "--rounds",
-               str(rounds),
-               "--contenders", *contenders]
+    command = [sys.executable, __file__, "child", "--settings", name, "--threads", str(threads),
+               "--rounds", str(rounds), "--contenders", *contenders]
     env = {**os.environ, **MALLOC[malloc], "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -450,35 +517,47 @@ def cpu(arguments):
 
 
 def memory(arguments):
+    """Peak memory of a GRPO step and of a supervised one on eight rows, each in a process of its own."""
     results = []
-    print("| setting | ours GB | padded GB | TRL GB | ours / TRL |\n|---|---|---|---|---|")
+    print("| setting | training | ours GB | padded GB | TRL GB | ours / TRL |\n|---|---|---|---|---|---|")
     for name in arguments.settings:
-        peaks = {key: run_child(name, 2, 1, [key], arguments.malloc[0])["peak_memory_gb"]
-                 for key in ["ours", "padded"] + (["trl"] if has_trl() else [])}
-        results.append({"setting": name, **peaks})
-        cells = [f"{peaks[key]:.2f}" if key in peaks else "-" for key in ("ours", "padded", "trl")]
-        share = f"{peaks['ours'] / peaks['trl']:.2f}" if "trl" in peaks else "-"
-        print(f"| {name} | {' | '.join(cells)} | {share} |", flush=True)
+        for training, ours, padded, trl in (("GRPO", "ours", "padded", "trl"), ("SFT", "sft", "", "trl-sft")):
+            contenders = [key for key in (ours, padded, trl if has_trl() else "") if key]
+            peaks = {}
+            for key in contenders:
+                if key in (arguments.contenders or contenders):
+                    child = run_child(name, arguments.threads[0], 1, [key], arguments.malloc[0])
+                    peaks[key] = child["peak_memory_gb"]
+            results.append({"setting": name, "training": training, **peaks})
+            cells = [f"{peaks[key]:.2f}" if key in peaks else "-" for key in (ours, padded, trl)]
+            share = f"{peaks[ours] / peaks[trl]:.2f}" if ours in peaks and trl in peaks else "-"
+            print(f"| {name} | {training} | {' | '.join(cells)} | {share} |", flush=True)
     save(arguments, "memory", results)
 
 
 def growth(arguments):
-    """Step time against G at prompt 384, completion 64, and against the completion length at G 8."""
-    torch.set_num_threads(2)
+    """Step time at one prompt of 384 tokens against G (completions of 64 tokens) and against the completion
+    length (G 8); L's completions are of 64 tokens up to that length.
+    """
+    torch.set_num_threads(arguments.threads[0])
     results = []
-    cases = [("G", g, {**A, "P": 1, "G": g, "prompt": (384, 384)}) for g in (2, 4, 8, 16, 32)]
-    cases += [("completion", n, {**A, "P": 1, "prompt": (384, 384), "completion": (n, n)})
-              for n in (32, 64, 128, 256)]
-    print("| varied | value | ours s | padded s | padded / ours |\n|---|---|---|---|---|")
-    for what, value, setting in cases:
-        bench = Bench(setting)
-        steps, times = {"ours": our_step(bench), "padded": padded_step(bench)}, {"ours": [], "padded": []}
-        for _ in range(arguments.rounds + 1):
-            for key, step in steps.items():
-                times[key].append(sum(step()))
-        ours, padded = (statistics.median(times[key][1:]) for key in ("ours", "padded"))
-        results.append({"varied": what, "value": value, "ours": ours, "padded": padded})
-        print(f"| {what} | {value} | {ours:.2f} | {padded:.2f} | {padded / ours:.2f} |", flush=True)
+    print("| setting | varied | value | ours s | padded s | padded / ours |\n|---|---|---|---|---|---|")
+    for name in arguments.settings:
+        one = {**SETTINGS[name], "P": 1, "prompt": (384, 384)}
+        cases = [("G", g, {**one, "G": g, "completion": (64, 64)}) for g in (2, 4, 8, 16, 32)]
+        cases += [("completion", n, {**one, "completion": (n, n)}) for n in (32, 64, 128, 256)]
+        if name == "L":
+            cases = [("completion", n, {**one, "completion": (64, n)}) for n in (64, 128, 256, 512, 1024)]
+        for what, value, setting in cases:
+            bench = Bench(setting)
+            steps, times = {"ours": our_step(bench), "padded": padded_step(bench)}, {"ours": [], "padded": []}
+            for _ in range(arguments.rounds + 1):
+                for key, step in steps.items():
+                    times[key].append(sum(step()))
+            ours, padded = (statistics.median(times[key][1:]) for key in ("ours", "padded"))
+            results.append({"setting": name, "varied": what, "value": value, "ours": ours, "padded": padded})
+            cells = f"{ours:.2f} | {padded:.2f} | {padded / ours:.2f}"
+            print(f"| {name} | {what} | {value} | {cells} |", flush=True)
     save(arguments, "growth", results)
 
 
@@ -498,7 +577,7 @@ def gpu(arguments):
         bench, weights = Bench(size, real), torch.bfloat16 if lora else torch.float32
         makers = {"ours": lambda: our_step(bench, BETA, torch.bfloat16, weights),
                   "padded": lambda: padded_step(bench, torch.bfloat16, weights)}
-        for cap, (name, make) in itertools.product((16, 24), makers.items()):
+        for cap, (name, make) in itertools.product((5, 16, 24), makers.items()):
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -656,11 +735,11 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what",
                         choices=["cpu", "memory", "growth", "learning", "gpu", "child", "learning-child"])
-    parser.add_argument("--settings", nargs="+", default=["A", "B"], choices=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="A B; of growth A")
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--malloc", nargs="+", default=["default"], choices=list(MALLOC))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--contenders", nargs="+", choices=["ours", "padded", "trl"])
+    parser.add_argument("--contenders", nargs="+", choices=["ours", "padded", "trl", *SFT])
     parser.add_argument("--steps", type=int, default=40, help="of learning")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="", help="JSON file (default: bench-WHAT.json)")
@@ -668,6 +747,7 @@ if __name__ == "__main__":
                                                      "JSON file")
     parser.add_argument("--picture", default="bench-learning.png")
     arguments = parser.parse_args()
+    arguments.settings = arguments.settings or (["A"] if arguments.what == "growth" else ["A", "B"])
     if arguments.what == "child":
         child_cpu(arguments.settings[0], arguments.threads[0], arguments.rounds, arguments.contenders)
     elif arguments.what == "learning-child":

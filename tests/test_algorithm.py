@@ -630,9 +630,10 @@ def test_the_benchmark_and_its_gpu_command_run(tmp_path, capsys):
     setting = bench.Bench({**bench.A, "P": 2, "G": 3, "prompt": (9, 14), "completion": (2, 6)})
     for step in (bench.our_step(setting), bench.padded_step(setting)):
         assert all(seconds > 0 for seconds in step())  # asserts the forced lengths
+    assert bench.our_sft(setting, 1)[0] > 0
     bench.gpu(argparse.Namespace(rounds=1, out=str(tmp_path / "gpu.json")))
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert {(r["model"], r["cap_gb"], r["loop"])
             for r in results} == {(model, cap, loop) for model in bench.REAL
-                                 for cap in (16, 24) for loop in ("ours", "padded")}
+                                 for cap in (5, 16, 24) for loop in ("ours", "padded")}
     assert "tiny shapes" in capsys.readouterr().out
