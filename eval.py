@@ -1544,8 +1544,8 @@ def score_heads(config, heads, rows):
     """({name: {"generated": records, "loglikelihood": records}} of every head, the rows that they answered);
     a base is in memory once. Raises InputError where heads cannot answer the same rows.
     """
-    results, answered = {}, None
-    free_text = {}
+    results, answered, free_text = {}, None, {}
+    in_peft = {name: str(i) for i, (name, *_) in enumerate(heads)}  # peft takes no dot, no part of "lora_"
     if config.task in ("ecg", "medical_o1"):
         check_scorers(config.language_model, config.reward_model)
         free_text = {"encoder": pick_encoder(config.similarity, config.encoder),
@@ -1564,10 +1564,10 @@ def score_heads(config, heads, rows):
         adapters = {name: adapter for name, base, adapter in heads if base == source}
         for name, adapter in adapters.items():
             if adapter:
-                model = read_adapter(model, adapter, source, name)
+                model = read_adapter(model, adapter, source, in_peft[name])
         for name, adapter in adapters.items():
             if adapter:
-                model.set_adapter(name)
+                model.set_adapter(in_peft[name])
             bare = not adapter and any(adapters.values())  # the base under the adapters of other heads
             with model.disable_adapter() if bare else nullcontext():
                 results[name] = {}
@@ -1742,13 +1742,14 @@ def chat(config):
     system = config.system
     if config.task:
         system = TASKS[config.task].SYSTEM_PROMPT.replace("{classes}", "yes or no")
+    in_peft = {name: str(i) for i, (name, *_) in enumerate(heads)}  # as in score_heads
     for name, source, adapter in heads:
         if source not in loaded:
             loaded[source] = load_model(source, config.dtype, attn_implementation=config.attn_implementation,
                                         load_in_4bit=config.load_in_4bit)
         if adapter:
             model, *rest = loaded[source]
-            loaded[source] = (read_adapter(model, adapter, source, name), *rest)
+            loaded[source] = (read_adapter(model, adapter, source, in_peft[name]), *rest)
     histories = {name: [] for name, *_ in heads}
     device = next(iter(loaded.values()))[0].device
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -1791,7 +1792,7 @@ def chat(config):
                 messages.insert(0, {"role": "system", "content": system})
             print(f"{name}: ", end="", flush=True)
             if adapter:
-                model.set_adapter(name)
+                model.set_adapter(in_peft[name])
             # the base under other heads' adapters
             bare = not adapter and any(head[1] == source and head[2] for head in heads)
             answer = ""

@@ -456,16 +456,16 @@ def heads(*arguments):
 
 def test_heads_on_one_base_are_the_models_by_themselves(sft_run, grpo_run, tmp_path, capsys):
     flags = ["--task", "medmcqa", "--eval_size", 12, "--max_completion_length", 24, "--mode", "both"]
-    assert heads(*flags, "--out", tmp_path / "all", "--models", "base=tiny", f"sft=tiny+{sft_run}/model",
-                 f"grpo=tiny+{grpo_run}/model") == 0
+    assert heads(*flags, "--out", tmp_path / "all", "--models", "base=tiny", f"a=tiny+{sft_run}/model",
+                 f"v1.2=tiny+{grpo_run}/model") == 0  # names that are no good to peft
     assert capsys.readouterr().out.count("model: tiny") == 1  # the base is loaded once
     lines = [json.loads(line) for line in (tmp_path / "all" / "results.jsonl").read_text().splitlines()]
     summary = json.loads((tmp_path / "all" / "summary.json").read_text())
-    assert len(lines) == 12 and list(summary["heads"]) == ["base", "sft", "grpo"]
+    assert len(lines) == 12 and list(summary["heads"]) == ["base", "a", "v1.2"]
     assert len(summary["paired"]) == 6
     assert {"generated", "loglikelihood"} == {test["mode"] for test in summary["paired"]}
     assert (tmp_path / "all" / "report.html").read_text().startswith("<!")
-    for name, model in (("base", "tiny"), ("sft", sft_run / "model"), ("grpo", grpo_run / "model")):
+    for name, model in (("base", "tiny"), ("a", sft_run / "model"), ("v1.2", grpo_run / "model")):
         assert heads(*flags, "--model", model, "--out", tmp_path / name) == 0
         alone = [json.loads(line) for line in (tmp_path / name / "eval.jsonl").read_text().splitlines()]
         assert [line["answers"][name]["completion"]
@@ -473,7 +473,7 @@ def test_heads_on_one_base_are_the_models_by_themselves(sft_run, grpo_run, tmp_p
         likelihood = json.loads((tmp_path / name / "summary.json").read_text())["loglikelihood"]
         assert likelihood == summary["heads"][name]["loglikelihood"]
     completions = [[line["answers"][name]["completion"] for line in lines]
-                   for name in ("base", "sft", "grpo")]
+                   for name in ("base", "a", "v1.2")]
     assert completions[0] != completions[1]  # the adapter does something
 
 
