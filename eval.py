@@ -382,22 +382,30 @@ def end_of_turn(tokenizer):
 class SharedPromptCache(DynamicCache):
     """Keys and values of P prompts, once each, and of their completions, which grow in place; rows can leave.
 
-    prompt: (keys, values) [P, KV heads, S, d] a layer, of prompts padded on the left as prompt_mask [P, S]
-    says. n: completions a prompt; longest: most tokens a completion can have. The completions of a prompt
-    stand side by side in a grid [P, KV heads, n, longest, d]; `places` says where in it each row of the batch
-    stands.
+    prompt yields (keys, values) [P, KV heads, S, d], layer by layer, of prompts padded on the left as
+    prompt_mask [P, S] says. n: completions a prompt; longest: most tokens a completion can have. The
+    completions of a prompt stand side by side in a grid [P, KV heads, n, longest, d]; `places` says where in
+    it each row of the batch stands. Under autocast all is kept in its type, to which attention would bring it
+    for each token anew.
     """
 
     def __init__(self, prompt, prompt_mask, n, longest):
         super().__init__()
-        P, kv_heads, _, d = prompt[0][0].shape
-        self.prompt = [(keys.flatten(0, 1).mT.contiguous(), values.flatten(0, 1))
-                       for keys, values in prompt]  # [P * KV heads, d, S] and [P * KV heads, S, d]
-        bias = prompt[0][0].new_zeros(prompt_mask.shape).masked_fill(prompt_mask == 0, -torch.inf)
+        device = prompt_mask.device
+        self.prompt, self.completions = [], []
+        for keys, values in prompt:
+            P, kv_heads, _, d = keys.shape
+            autocast_to = torch.get_autocast_dtype(device.type)
+            dtype = autocast_to if torch.is_autocast_enabled(device.type) else keys.dtype
+            # [P * KV heads, d, S] and [P * KV heads, S, d]
+            self.prompt.append((keys.flatten(0, 1).mT.to(dtype).contiguous(), values.flatten(0, 1).to(dtype)))
+            self.completions.append([x.new_empty(P, kv_heads, n, longest, d, dtype=dtype)
+                                     for x in (keys, values)])
+        bias = torch.zeros(prompt_mask.shape, dtype=dtype, device=device)
+        bias = bias.masked_fill_(prompt_mask == 0, -torch.inf)
         self.bias = bias.repeat_interleave(kv_heads, dim=0)[:, None]  # of the scores, [P * KV heads, 1, S]
-        self.completions = [[x.new_empty(P, kv_heads, n, longest, d) for x in pair] for pair in prompt]
         self.grid = P, n
-        self.places = torch.arange(P * n, device=prompt_mask.device)  # prompt * n + i, ascending
+        self.places = torch.arange(P * n, device=device)  # prompt * n + i, ascending
         self.tokens = 0  # of each completion, the one that is being computed included
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
@@ -459,7 +467,7 @@ def shared_prompt_attention(module, query, key, value, attention_mask, scaling, 
     on_prompt = torch.baddbmm(bias, of_a_prompt, prompt_keys)  # [P * KV heads, n * heads of each, S]
     on_completion = torch.bmm(query, key.mT).view(*on_prompt.shape[:2], -1)
     scores = torch.cat([on_prompt, on_completion], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(prompt_values.dtype)
     completion_weights = weights.narrow(2, S, tokens).reshape(*query.shape[:2], -1)
     output = torch.bmm(weights.narrow(2, 0, S), prompt_values).view_as(query)
     return shared.to_rows(torch.baddbmm(output, completion_weights, value)), None
@@ -566,6 +574,9 @@ def draw(probabilities, uniform, width=512):
     return places.gather(1, place).clamp_(max=vocabulary - 1)
 
 
+PROMPT_TOKENS = 16_384  # of prompts that are computed in one pass before sampling
+
+
 def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None,
              stop_strings=(), tokenizer=None):
     """Samples n completions of each of P prompts (greedily at temperature 0) by the model's distribution.
@@ -591,11 +602,23 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         input_ids = torch.tensor([[0] * pad + ids for pad, ids in zip(paddings, prompt_ids)], device=device)
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in paddings], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        prompt = DynamicCache()
         decoder, output_weight = model.get_decoder(), model.get_output_embeddings().weight
-        hidden = decoder(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=prompt)[0]
-        cache = SharedPromptCache([(keys, values) for keys, values, _ in prompt], mask, n, max_new_tokens)
-        hidden, position_ids = (x[:, -1:].repeat_interleave(n, dim=0) for x in (hidden, position_ids))
+        pieces, last = [], []  # of the prompts, at most PROMPT_TOKENS at a time: what a layer makes is wide
+        for piece in torch.arange(len(prompt_ids), device=device).split(max(1, PROMPT_TOKENS // width)):
+            prompt = DynamicCache()
+            hidden = decoder(input_ids[piece], attention_mask=mask[piece], position_ids=position_ids[piece],
+                             past_key_values=prompt)[0]
+            pieces.append([(keys, values) for keys, values, _ in prompt])
+            last.append(hidden[:, -1:].clone())
+        del prompt, hidden
+
+        def layers():  # each is freed once the shared cache has it
+            while pieces[0]:
+                yield [torch.cat(parts) for parts in zip(*(piece.pop(0) for piece in pieces))]
+
+        cache = SharedPromptCache(layers(), mask, n, max_new_tokens)
+        hidden = torch.cat(last).repeat_interleave(n, dim=0)
+        position_ids = position_ids[:, -1:].repeat_interleave(n, dim=0)
         active = torch.arange(rows, device=device)  # rows that are being written
         stops = torch.tensor(stop_ids, device=device)
         ends_in_string = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None

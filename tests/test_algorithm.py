@@ -264,6 +264,23 @@ def test_attention_of_a_group_is_transformers_own(family, family_folder, length)
         assert torch.allclose(mine, plain, atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_in_several_passes_give_the_same_samples(family_folder, monkeypatch):
+    model, tokenizer = load(family_folder("qwen2"))
+    prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
+
+    def sampled(dtype):
+        with evaluation.autocast(dtype):
+            return evaluation.generate(model, prompts, 2, max_new_tokens=8, stop_ids=[7],
+                                       generator=torch.Generator().manual_seed(1))
+    for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        monkeypatch.setattr(evaluation, "PROMPT_TOKENS", 16_384)
+        together = sampled(dtype)
+        monkeypatch.setattr(evaluation, "PROMPT_TOKENS", 2 * max(map(len, prompts)))  # two prompts a pass
+        ids, mask, logps = sampled(dtype)
+        assert torch.equal(ids, together[0]) and torch.equal(mask, together[1])
+        assert torch.allclose(logps, together[2], atol=atol)
+
+
 def test_sampling_follows_the_model_not_its_generation_config(family_folder):
     """qwen2's generation_config asks for top-k 3 and a repetition penalty: the frequencies must be the
     softmax's.
