@@ -1174,10 +1174,13 @@ def estimate_memory(config, prompt, question):
         parts["reference"] = adapter or weights
 
     # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms'
-    # scaling, and what goes into the linear layers after them (6h, or 4h where the scaling is frozen);
-    # queries and the attention's output (2q); four widths of the MLP (gate, its activation, up, their
+    # scaling, and what goes into the linear layers after them (6h, or 4h where the scaling is frozen; in half
+    # precision the norms' part is fp32 and each of the five linear layers has its own cast, or its adapter
+    # has); queries and the attention's output (2q); four widths of the MLP (gate, its activation, up, their
     # product). One layer more is at work while it is differentiated.
-    token = c * ((4 if lora_r else 6) * h + 2 * q + 4 * ffn)
+    norms = {(4, True): 16, (4, False): 24, (2, True): 20, (2, False): 26}[c, bool(lora_r)] * h
+    token = norms + c * (2 * q + 4 * ffn)
+    casts = c * (total - embedding) if c == 2 and not lora_r else 0  # of fp32 weights, in each pass
     if hasattr(config, "group_size"):
         group, length = config.completions_per_forward or config.group_size, config.max_completion_length
         rows, context = config.prompts_per_step * config.group_size, prompt + length
@@ -1193,9 +1196,12 @@ def estimate_memory(config, prompt, question):
     # logits that ChosenLogps holds: in fp32, of a half-precision model also as they come, and their gradients
     block = new * min(vocabulary, BLOCK)
     activations = (layers + 1) * a_layer
+    if c == 2 and device.type == "cpu":  # measured: gaps in the heap, where fp32 and half alternate
+        activations = activations * 9 // 5
     if getattr(config, "gradient_checkpointing", False):
         activations = layers * new * c * h + a_layer  # what goes into each layer, and one layer at work
-    update = {"gradients": 4 * trained, "activations": activations,
+    passes = 2 if hasattr(config, "group_size") else 1  # the prompt's, and that of its completions
+    update = {"gradients": 4 * trained, "activations": activations + passes * casts,
               "logits": (4 if c == 4 else 4 + 2 * c) * block}
     if not lora_r:
         update["gradients"] += 4 * embedding  # one of the output layer on its way
@@ -1203,10 +1209,12 @@ def estimate_memory(config, prompt, question):
     def sampling(prompts, rows, longest):
         length = config.max_completion_length
         context = longest + length
-        return {"key-value cache": layers * c * kv * (prompts * longest + rows * length),
+        passed = min(prompts * longest, max(longest, PROMPT_TOKENS))  # tokens in one pass
+        kept = 3 if c == 2 and not lora_r else c  # of fp32 weights under autocast keys come in fp32
+        return {"key-value cache": layers * kv * (kept * prompts * longest + c * rows * length),
                 # logits, probabilities and cumulative sums; while they last, the next logits, twice
                 "logits": 5 * 4 * rows * vocabulary,
-                "activations": max(prompts * longest * (4 * h + q + kv + 3 * ffn) * c,
+                "activations": max(passed * (4 * h + q + kv + 3 * ffn) * c,
                                    3 * 4 * rows * text.num_attention_heads * context)}
 
     evaluation = (config.eval_batch_size, config.eval_batch_size, question)
