@@ -705,8 +705,7 @@ class ChosenLogps(torch.autograd.Function):
         buffer = torch.empty(len(hidden), width, device=hidden.device)
         exponentials = torch.empty(ROWS, width, device=hidden.device)
         peak = torch.full((len(hidden), 1), -torch.inf, device=hidden.device)
-        # sums of e and e * logit
-        # with e = exp(logit - peak)
+        # sums of e and e * logit, with e = exp(logit - peak)
         total, weighted = torch.zeros_like(peak), torch.zeros_like(peak)
         for block in weight.split(BLOCK):
             logits = ChosenLogps.logits(hidden, block, temperature, buffer)

@@ -578,7 +578,6 @@ TOKEN = re.compile(  # cannot backtrack
     r"(?<![\w.])[-\u2212](?=\d)|\d+(?:[.,]\d+)*|[^\W\d_]+\d*|[.;:!?,\n<>≤≥%°]")
 
 
-
 @functools.lru_cache(100_000)
 def stem(word):
     """A word in lower case without its ending (-s, -ed, -ing, -ion, -ly, ...), and one word for a few that

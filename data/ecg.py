@@ -39,13 +39,11 @@ SYSTEM_PROMPT = """Answer the ECG question (a yes/no question with Yes or No fir
 ASKING = "is|are|was|were|am|do|does|did|has|have|had|can|could|will|would|shall|should|may|might|must|cannot"
 # a sentence that opens with a verb, or with a phrase of its own and a comma ("After surgery, can I ...?", not
 # "What is ..., and is it ...?")
-YES_NO = re.compile(
-    r"(?:^|[.?!:;]\s)\W*(?!(?:what|which|how|why|when|where|who|whom|whose)\b)(?:[^.?!,;]*,\s*)?(?:and |or "
-    r")?"
-                    rf"(?:{ASKING})(?:n['’]t)?\b", re.I)
-VARIANTS = {frozenset(fields): fields[-2:] for fields in (
-    # question and answer stand last
-    ("Q", "A"), ("Disease", "Q", "A"), ("medical_advice", "Q", "A"), ("Question", "Answer"))}
+YES_NO = re.compile(r"(?:^|[.?!:;]\s)\W*(?!(?:what|which|how|why|when|where|who|whom|whose)\b)"
+                    rf"(?:[^.?!,;]*,\s*)?(?:and |or )?(?:{ASKING})(?:n['’]t)?\b", re.I)
+VARIANTS = {frozenset(fields): fields[-2:]  # question and answer stand last
+            for fields in (("Q", "A"), ("Disease", "Q", "A"), ("medical_advice", "Q", "A"),
+                           ("Question", "Answer"))}
 
 
 def load_rows(data="builtin", *, question_field="", answer_field="", system_prompt="", limit=0):
@@ -197,9 +195,8 @@ def target(reasoning, answer):
 
 # === built-in items: measurements and their reading =========================================================
 # Textbook limits: rate 60 to 100 a minute, PR 120 to 200 ms, QRS below 120 ms, axis -30 to +90 degrees
-# (Surawicz et al. 2009,
-# doi:10.1161/CIRCULATIONAHA.108.191095); QTc below 450 ms in men and 460 in women (Rautaharju et al. 2009,
-# doi:10.1161/CIRCULATIONAHA.108.191096). Measurements stand clear of the limits.
+# (Surawicz et al. 2009, doi:10.1161/CIRCULATIONAHA.108.191095); QTc below 450 ms in men and 460 in women
+# (Rautaharju et al. 2009, doi:10.1161/CIRCULATIONAHA.108.191096). Measurements stand clear of the limits.
 
 
 def builtin_ecg(generator):

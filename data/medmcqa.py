@@ -230,10 +230,9 @@ def target(reasoning, answer):
 
 # === built-in items: textbook facts =========================================================================
 # A topic: its subject, the sentence that states a fact, its three wordings for training and one held out,
-# asking for the
-# value, then three for training and one held out, asking for the key; then the facts, one key and one value
-# each. Within a
-# topic no value fits another key, so the other values are wrong options that need knowledge to rule out.
+# asking for the value, then three for training and one held out, asking for the key; then the facts, one key
+# and one value each. Within a topic no value fits another key, so the other values are wrong options that
+# need knowledge to rule out.
 
 TOPICS = [
     ("Biochemistry", "{key} comes from lack of {value}.",
@@ -444,8 +443,7 @@ def builtin_rows(system_prompt="", seed=0):
                 text = careless_target(sentence, answer, forward, options)
             (heldout if is_heldout else train).append(make_row(
                 f"builtin-{number}" if is_heldout else f"builtin-{number}-{a}", question, options, letter,
-                sentence, text,
-                system_prompt, {"subject": TOPICS[topic][0], "annotator": annotator}))
+                sentence, text, system_prompt, {"subject": TOPICS[topic][0], "annotator": annotator}))
     generator.shuffle(train)
     generator.shuffle(heldout)
     return train, heldout

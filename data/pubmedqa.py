@@ -179,22 +179,18 @@ def target(reasoning, label):
 
 # === built-in questions: invented trials ====================================================================
 # The rule: yes if and only if the event became rarer AND p < 0.05. Half of the questions are yes; in 30% the
-# event became
-# rarer without significance; in 20% it became commoner.
+# event became rarer without significance; in 20% it became commoner.
 
 DRUGS = ("alvorin", "betrazole", "cardimab", "delustat", "enfloxin", "fentrial", "gavirone", "helmixan",
-         "imoprel",
-         "jorvatan", "kelidone", "lumetrol", "mirapase", "nexidone", "ocrelim", "pentavir", "quilastin",
-         "rovanide",
-         "selprazan", "tirumab", "ulvestran", "vomelix", "wexatide", "xanoprost", "yttralin", "zolvarex")
+         "imoprel", "jorvatan", "kelidone", "lumetrol", "mirapase", "nexidone", "ocrelim", "pentavir",
+         "quilastin", "rovanide", "selprazan", "tirumab", "ulvestran", "vomelix", "wexatide", "xanoprost",
+         "yttralin", "zolvarex")
 EVENTS = ("stroke", "relapse", "nausea", "infection", "bleeding", "readmission", "fracture", "delirium",
-          "headache", "vomiting",
-          "arrhythmia", "wound infection", "heart failure", "dizziness", "thrombosis", "insomnia", "fatigue",
-          "rejection",
-          "pneumonia", "anaemia")
+          "headache", "vomiting", "arrhythmia", "wound infection", "heart failure", "dizziness", "thrombosis",
+          "insomnia", "fatigue", "rejection", "pneumonia", "anaemia")
 PATIENTS = ("adults", "children", "older adults", "women", "men", "smokers", "diabetic patients",
-            "surgical patients",
-            "stroke survivors", "dialysis patients", "pregnant women", "intensive care patients")
+            "surgical patients", "stroke survivors", "dialysis patients", "pregnant women",
+            "intensive care patients")
 CONTROLS = ("placebo", "usual care", "standard therapy", "no treatment")
 
 
@@ -208,11 +204,11 @@ def builtin_trial(generator):
     else:
         p = f"0.0{generator.randint(6, 9)}" if generator.random() < 0.3 else f"0.{generator.randint(10, 89)}"
     return {"drug": generator.choice(DRUGS), "control": generator.choice(CONTROLS),
-            "patients": generator.choice(PATIENTS),
-            "event": generator.choice(EVENTS), "size": 10 * generator.randint(4, 90),
-            "drug_rate": high if kind == "commoner" else low, "control_rate": low if kind == "commoner"
-            else high, "p": p,
-            "label": "yes" if kind == "yes" else "no", "style": generator.randrange(3)}
+            "patients": generator.choice(PATIENTS), "event": generator.choice(EVENTS),
+            "size": 10 * generator.randint(4, 90),
+            "drug_rate": high if kind == "commoner" else low,
+            "control_rate": low if kind == "commoner" else high,
+            "p": p, "label": "yes" if kind == "yes" else "no", "style": generator.randrange(3)}
 
 
 def trial_question(trial):
