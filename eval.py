@@ -385,8 +385,8 @@ class SharedPromptCache(DynamicCache):
     prompt yields (keys, values) [P, KV heads, S, d], layer by layer, of prompts padded on the left as
     prompt_mask [P, S] says. n: completions a prompt; longest: most tokens a completion can have. The
     completions of a prompt stand side by side in a grid [P, KV heads, n, longest, d]; `places` says where in
-    it each row of the batch stands. Under autocast all is kept in its type, to which attention would bring it
-    for each token anew.
+    it each row of the batch stands. Under autocast all is kept in its dtype, or attention would cast it for
+    every token again.
     """
 
     def __init__(self, prompt, prompt_mask, n, longest):
@@ -574,7 +574,7 @@ def draw(probabilities, uniform, width=512):
     return places.gather(1, place).clamp_(max=vocabulary - 1)
 
 
-PROMPT_TOKENS = 16_384  # of prompts that are computed in one pass before sampling
+PROMPT_TOKENS = 16_384  # of padded prompts that are computed in one pass before sampling; one prompt at least
 
 
 def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.0, generator=None,
@@ -597,13 +597,15 @@ def generate(model, prompt_ids, n=1, *, max_new_tokens, stop_ids, temperature=1.
         completion_ids = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         completion_mask = torch.ones(rows, max_new_tokens, dtype=torch.bool, device=device)
         logps = torch.zeros(rows, max_new_tokens, device=device)
-    with memory_advice(advice), torch.inference_mode():
+    # autocast keeps its casts of the weights from token to token, but not in inference mode
+    no_gradient = torch.no_grad() if torch.is_autocast_enabled(device.type) else torch.inference_mode()
+    with memory_advice(advice), no_gradient:
         paddings = [width - len(ids) for ids in prompt_ids]  # on the left
         input_ids = torch.tensor([[0] * pad + ids for pad, ids in zip(paddings, prompt_ids)], device=device)
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in paddings], device=device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         decoder, output_weight = model.get_decoder(), model.get_output_embeddings().weight
-        pieces, last = [], []  # of the prompts, at most PROMPT_TOKENS at a time: what a layer makes is wide
+        pieces, last = [], []  # of the prompts; a few at a time, a layer's intermediate tensors are large
         for piece in torch.arange(len(prompt_ids), device=device).split(max(1, PROMPT_TOKENS // width)):
             prompt = DynamicCache()
             hidden = decoder(input_ids[piece], attention_mask=mask[piece], position_ids=position_ids[piece],
@@ -1159,27 +1161,32 @@ def estimate_memory(config, prompt, question):
     # what is there all the time
     lora_r = getattr(config, "lora_r", 0)
     total, embedding = sum(p.numel() for p in model.parameters()), vocabulary * h
-    trained, adapter = total, 0
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    autocast = c == 2 and not lora_r  # fp32 weights, of which each pass makes casts
+    trained, adapter, folded = total, 0, 0
     weights = 4 * total
     if lora_r:
         layers_with_adapter = [module for module in model.modules() if isinstance(module, torch.nn.Linear)
                                and module is not model.get_output_embeddings()]
         trained = sum(lora_r * (layer.in_features + layer.out_features) for layer in layers_with_adapter)
         weights, adapter = c * total, 4 * trained
+        if device.type == "cpu" and c == 4:  # copies of the weights with the adapter in them, in sampling
+            folded = 4 * sum(layer.weight.numel() for layer in layers_with_adapter)
     if getattr(config, "load_in_4bit", False):
-        weights = (total - embedding) * 9 // 16 + c * embedding  # 4 bits, and a scale for every 64 of them
+        whole = embedding if tied else 2 * embedding
+        weights = (total - whole) * 9 // 16 + c * whole  # the rest in 4 bits, a scale for every 64
     parts = {"weights": weights + adapter, "optimizer": 8 * trained}  # Adam's two moments
     if getattr(config, "beta", 0):
         parts["reference"] = adapter or weights
 
-    # What autograd keeps of a token in a layer: what goes into and comes out of each of the two norms'
-    # scaling, and what goes into the linear layers after them (6h, or 4h where the scaling is frozen; in half
-    # precision the norms' part is fp32 and each of the five linear layers has its own cast, or its adapter
-    # has); queries and the attention's output (2q); four widths of the MLP (gate, its activation, up, their
-    # product). One layer more is at work while it is differentiated.
-    norms = {(4, True): 16, (4, False): 24, (2, True): 20, (2, False): 26}[c, bool(lora_r)] * h
-    token = norms + c * (2 * q + 4 * ffn)
-    casts = c * (total - embedding) if c == 2 and not lora_r else 0  # of fp32 weights, in each pass
+    # What autograd keeps of a token in a layer (torch.autograd.graph.saved_tensors_hooks lists it): bytes of
+    # tensors as wide as h, for the two norms (input and scaled input, always fp32; the latter not where the
+    # scaling is frozen) and for the linear layers that read their output (in fp32 one tensor a norm, in half
+    # precision one cast a layer: q, k, v, gate, up); queries and attention's output (2q, and its cast for the
+    # adapter); four widths of the MLP (gate, its activation, up, their product). One layer more is at work
+    # while it is differentiated.
+    as_wide_as_h = {(4, False): 16 + 8, (4, True): 8 + 8, (2, False): 16 + 10, (2, True): 8 + 10}
+    token = as_wide_as_h[c, bool(lora_r)] * h + c * ((3 if c == 2 and lora_r else 2) * q + 4 * ffn)
     if hasattr(config, "group_size"):
         group, length = config.completions_per_forward or config.group_size, config.max_completion_length
         rows, context = config.prompts_per_step * config.group_size, prompt + length
@@ -1198,19 +1205,23 @@ def estimate_memory(config, prompt, question):
     if device.type == "cpu":  # as measured: there are gaps in the heap, too small for the next tensor
         activations *= 2 if not hasattr(config, "group_size") else 1.8 if c == 2 else 1
     if getattr(config, "gradient_checkpointing", False):
-        activations = layers * new * c * h + a_layer  # what goes into each layer, and one layer at work
-    passes = 2 if hasattr(config, "group_size") else 1  # the prompt's, and that of its completions
-    update = {"gradients": 4 * trained, "activations": activations + passes * casts,
+        inputs = layers * new * h * (4 if autocast else c)
+        activations = inputs + a_layer  # what goes into each layer, and one layer at work
+    update = {"gradients": 4 * trained, "activations": activations,
               "logits": (4 if c == 4 else 4 + 2 * c) * block}
     if not lora_r:
         update["gradients"] += 4 * embedding  # one of the output layer on its way
+    if autocast:  # two passes are kept, a prompt's and its completions'; the output layer's, and its gradient
+        passes = 2 if hasattr(config, "group_size") else 1
+        update["casts"] = c * (passes * (total - embedding) + embedding + tied * embedding)
 
     def sampling(prompts, rows, longest):
         length = config.max_completion_length
         context = longest + length
         passed = min(prompts * longest, max(longest, PROMPT_TOKENS))  # tokens in one pass
-        kept = 3 if c == 2 and not lora_r else c  # of fp32 weights under autocast keys come in fp32
+        kept = 3 if autocast else c  # keys come in fp32 then
         return {"key-value cache": layers * kv * (kept * prompts * longest + c * rows * length),
+                "casts": c * total if autocast else 0, "folded adapters": folded,
                 # logits, probabilities and cumulative sums; while they last, the next logits, twice
                 "logits": 5 * 4 * rows * vocabulary,
                 "activations": max(passed * (4 * h + q + kv + 3 * ffn) * c,
