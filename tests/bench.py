@@ -17,7 +17,8 @@ the output layer, in ours (which has none to hook) where a token is drawn.
   padded  model.generate on repeated prompts, one padded forward over the batch, completion positions
           projected only, no pass of its own for old log-probs: what a good plain loop does
   TRL     GRPOTrainer as installed (1.16 was measured), fp32, num_iterations 2; for `memory` SFTTrainer too
-Neither of the two checkpoints gradients, but at S and T, where they would not fit into 24 GB without.
+Neither of the two checkpoints gradients, but at S and T, where they would not fit into 24 GB without; there
+both loops of supervised training do (`memory` measures a step of each).
 TRL lives in an environment of its own: pip install -r requirements.txt trl==1.16.0
 """
 import argparse
@@ -348,13 +349,17 @@ def trl_steps(bench, between, rounds):
 
 
 def sft_pairs(bench):
-    """Eight rows (prompt ids, completion ids) of the setting's lengths, its longest among them."""
+    """At most eight rows (prompt ids, completion ids) of the setting's lengths, its longest among them."""
     lengths = sorted(bench.lengths)[::max(1, len(bench.lengths) // 8)][:7] + [max(bench.lengths)]
-    return [(bench.prompts[i % len(bench.prompts)], [7 + i] * length) for i, length in enumerate(lengths)]
+    return [(bench.prompts[i % len(bench.prompts)], [7 + i] * (length - 1) + [EOS])
+            for i, length in enumerate(lengths)]
 
 
 def our_sft(bench, rounds):
-    """Seconds of `rounds` steps of supervised training on sft_pairs, as sft.py's loop makes them."""
+    """Seconds of `rounds` steps of supervised training on sft_pairs, as sft.py makes them, its allocator's
+    settings included.
+    """
+    evaluation.keep_freed_memory()
     model = bench.model()
     if bench.s["checkpointing"]:
         model.activation_checkpointing_enable()
@@ -388,13 +393,15 @@ def trl_sft(bench, rounds):
         def on_step_end(self, args, state, control, **_):
             seconds.append(time.perf_counter() - clock["start"])
 
-    rows = [{"prompt": " ".join(f"w{i}" for i in prompt), "completion": "".join(f" w{i}" for i in completion)}
+    rows = [{"prompt": " ".join(f"w{i}" for i in prompt),
+             "completion": "".join(f" w{i}" for i in completion[:-1]) + " </s>"}
             for prompt, completion in sft_pairs(bench)]
     SFTTrainer(model=bench.model(), processing_class=word_tokenizer(bench), callbacks=[Clock()],
                train_dataset=Dataset.from_list(rows),
                args=SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, max_length=None,
                               gradient_checkpointing=bench.s["checkpointing"], learning_rate=1e-6, bf16=False,
-                              use_cpu=True, report_to=[], save_strategy="no", max_steps=rounds,
+                              use_cpu=DEVICE.type == "cpu", report_to=[], save_strategy="no",
+                              max_steps=rounds,
                               disable_tqdm=True, logging_strategy="no")).train()
     return seconds
 
@@ -528,6 +535,8 @@ def memory(arguments):
                 if key in (arguments.contenders or contenders):
                     child = run_child(name, arguments.threads[0], 1, [key], arguments.malloc[0])
                     peaks[key] = child["peak_memory_gb"]
+            if not peaks:
+                continue
             results.append({"setting": name, "training": training, **peaks})
             cells = [f"{peaks[key]:.2f}" if key in peaks else "-" for key in (ours, padded, trl)]
             share = f"{peaks[ours] / peaks[trl]:.2f}" if ours in peaks and trl in peaks else "-"
@@ -549,6 +558,7 @@ def growth(arguments):
         if name == "L":
             cases = [("completion", n, {**one, "completion": (64, n)}) for n in (64, 128, 256, 512, 1024)]
         for what, value, setting in cases:
+            bench = steps = None  # the last case's models go first
             bench = Bench(setting)
             steps, times = {"ours": our_step(bench), "padded": padded_step(bench)}, {"ours": [], "padded": []}
             for _ in range(arguments.rounds + 1):
@@ -748,6 +758,8 @@ if __name__ == "__main__":
     parser.add_argument("--picture", default="bench-learning.png")
     arguments = parser.parse_args()
     arguments.settings = arguments.settings or (["A"] if arguments.what == "growth" else ["A", "B"])
+    if set(arguments.contenders or ()) & set(SFT) and arguments.what not in ("memory", "child"):
+        parser.error(f"--contenders {' '.join(SFT)} are for memory")
     if arguments.what == "child":
         child_cpu(arguments.settings[0], arguments.threads[0], arguments.rounds, arguments.contenders)
     elif arguments.what == "learning-child":

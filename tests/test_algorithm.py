@@ -264,21 +264,28 @@ def test_attention_of_a_group_is_transformers_own(family, family_folder, length)
         assert torch.allclose(mine, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_prompts_in_several_passes_give_the_same_samples(family_folder, monkeypatch):
-    model, tokenizer = load(family_folder("qwen2"))
-    prompts = random_prompts(tokenizer, PROMPT_LENGTHS)
+def test_prompts_in_several_passes_give_the_same_samples(family, family_folder, monkeypatch):
+    model, tokenizer = load(family_folder(family))
+    prompts, caches = random_prompts(tokenizer, PROMPT_LENGTHS), []
 
-    def sampled(dtype):
+    class Seen(evaluation.SharedPromptCache):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            caches.append(self)
+    monkeypatch.setattr(evaluation, "SharedPromptCache", Seen)
+
+    def sampled(dtype, prompts_a_pass):
+        monkeypatch.setattr(evaluation, "PROMPT_TOKENS", prompts_a_pass * max(map(len, prompts)))
         with evaluation.autocast(dtype):
             return evaluation.generate(model, prompts, 2, max_new_tokens=8, stop_ids=[7],
                                        generator=torch.Generator().manual_seed(1))
-    for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        monkeypatch.setattr(evaluation, "PROMPT_TOKENS", 16_384)
-        together = sampled(dtype)
-        monkeypatch.setattr(evaluation, "PROMPT_TOKENS", 2 * max(map(len, prompts)))  # two prompts a pass
-        ids, mask, logps = sampled(dtype)
-        assert torch.equal(ids, together[0]) and torch.equal(mask, together[1])
-        assert torch.allclose(logps, together[2], atol=atol)
+    together, cut = sampled(torch.float32, len(prompts)), sampled(torch.float32, 2)
+    assert torch.equal(cut[0], together[0]) and torch.equal(cut[1], together[1])
+    assert torch.allclose(cut[2], together[2], atol=1e-5)
+    first = [sampled(torch.bfloat16, n)[2][:, 0] for n in (len(prompts), 2)]
+    assert torch.allclose(*first, atol=5e-2)
+    stored = [cache.prompt[0][0].dtype for cache in caches]
+    assert stored == 2 * [torch.float32] + 2 * [torch.bfloat16]
 
 
 def test_sampling_follows_the_model_not_its_generation_config(family_folder):
