@@ -865,10 +865,10 @@ def majority_vote(answers, ground_truth):
 
 def summarize_samples(records):
     """What several sampled answers a question show: samples (N), mean_accuracy, pass_at_k {k: value} for k =
-    1, 2, 4, ... and N; where answers are labels also maj_at_n and guess_pass_at_k, what guessing evenly among
-    the classes would get.
+    1, 2, 4, ... and N; mean_score of free text; where answers are labels maj_at_n and guess_pass_at_k, what
+    guessing evenly among the classes would get.
 
-    records: with sampled_accuracy and sampled_answers, lists of N each.
+    records: with sampled_accuracy, sampled_score and sampled_answers, lists of N each.
     """
     n = len(records[0]["sampled_accuracy"])
     ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
@@ -876,7 +876,9 @@ def summarize_samples(records):
     mean_accuracy = sum(correct) / (n * len(records))
     summary = {"samples": n, "mean_accuracy": mean_accuracy, "pass_at_1": mean_accuracy,
                "pass_at_k": {str(k): fmean(pass_at_k(n, c, k) for c in correct) for k in ks}}
-    if "rule" not in records[0]:
+    if "rule" in records[0]:
+        summary["mean_score"] = fmean(fmean(r["sampled_score"]) for r in records)
+    else:
         classes = len({r["ground_truth"] for r in records})
         summary["maj_at_n"] = fmean(majority_vote(r["sampled_answers"], r["ground_truth"]) for r in records)
         summary["guess_pass_at_k"] = {str(k): 1 - (1 - 1 / classes)**k for k in ks}
@@ -900,7 +902,7 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
     rows: [(row, prompt_ids)] as encode_rows gives them. score: function of texts and their rows to a list of
     score dicts. stop_strings: as in generate. Returns a record an example, in the order of `rows`: id,
     ground_truth, subject, the keys of those dicts, length (tokens), truncated, completion, and with samples
-    sampled_accuracy and sampled_answers (lists).
+    sampled_accuracy, sampled_score and sampled_answers (lists).
     """
     stops, generator = stop_ids(model, tokenizer), torch.Generator(model.device).manual_seed(seed)
     limits = dict(max_new_tokens=max_completion_length, stop_ids=stops, stop_strings=stop_strings,
@@ -931,6 +933,7 @@ def evaluate(model, tokenizer, rows, compute, *, max_completion_length, batch_si
             for j, scored in enumerate(score(texts, [row for row in answered for _ in range(samples)])):
                 record = records[batch[j // samples]]
                 record.setdefault("sampled_accuracy", []).append(scored["accuracy"])
+                record.setdefault("sampled_score", []).append(scored["score"])
                 record.setdefault("sampled_answers", []).append(scored["answer"])
         bar.update(len(batch))
     bar.close()
@@ -1057,7 +1060,8 @@ def describe(summary):
 def describe_samples(summary):
     """The console's words for what summarize_samples found."""
     n = summary["samples"]
-    text = f"{n} samples each: mean accuracy {summary['mean_accuracy']:.3f}, " + ", ".join(
+    score = f"mean score {summary['mean_score']:.3f}, " if "mean_score" in summary else ""
+    text = f"{n} samples each: {score}mean accuracy {summary['mean_accuracy']:.3f}, " + ", ".join(
         f"pass@{k} {value:.3f}" for k, value in summary["pass_at_k"].items())
     if "maj_at_n" in summary:
         text += (f", maj@{n} {summary['maj_at_n']:.3f} (guessing: pass@{n} "

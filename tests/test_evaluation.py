@@ -80,6 +80,17 @@ def test_eval_command_reports_pass_at_k_and_majority(tmp_path, capsys):
     assert "3 samples each: mean accuracy" in printed and "maj@3" in printed and "(always '" in printed
 
 
+def test_samples_of_free_text_have_a_mean_score(tmp_path, capsys):
+    out = tmp_path / "e"
+    evaluation.main(evaluation.Config(task="ecg", out=str(out), eval_size=3, samples=2, similarity="overlap",
+                                      max_completion_length=20))
+    summary = json.loads((out / "summary.json").read_text())
+    scores = [json.loads(line)["sampled_score"] for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [len(row) for row in scores] == [2, 2, 2]
+    assert summary["mean_score"] == pytest.approx(sum(map(sum, scores)) / 6)
+    assert f"2 samples each: mean score {summary['mean_score']:.3f}, mean accuracy" in capsys.readouterr().out
+
+
 # --- what dooms a run is said early -------------------------------------------------------------------------
 
 
