@@ -75,8 +75,12 @@ def test_every_path_exists():
         named |= {os.path.normpath(os.path.join(folder, link))
                   for link in re.findall(r"\]\((?!http|#)([^)\s]+)\)", text)}
     made = ("data/processed",)
-    assert not [path for path in named if not path.startswith(made) and not (ROOT / path).exists()]
+    assert not [path for path in named if not path.startswith(made)
+                and not (ROOT / path.partition("#")[0]).exists()]
     assert len(named) > 8
+    for path, _, heading in (link.partition("#") for link in named if "#" in link):
+        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.M)
+        assert heading in [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings]
 
 
 def test_every_picture_is_shown_and_every_shown_one_exists():
