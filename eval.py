@@ -1166,7 +1166,7 @@ def estimate_memory(config, prompt, question):
     lora_r = getattr(config, "lora_r", 0)
     total, embedding = sum(p.numel() for p in model.parameters()), vocabulary * h
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    autocast = c == 2 and not lora_r  # fp32 weights, of which each pass makes casts
+    mixed_precision = c == 2 and not lora_r  # fp32 weights, of which each pass makes casts
     trained, adapter, folded = total, 0, 0
     weights = 4 * total
     if lora_r:
@@ -1209,23 +1209,24 @@ def estimate_memory(config, prompt, question):
     if device.type == "cpu":  # as measured: there are gaps in the heap, too small for the next tensor
         activations *= 2 if not hasattr(config, "group_size") else 1.8 if c == 2 else 1
     if getattr(config, "gradient_checkpointing", False):
-        inputs = layers * new * h * (4 if autocast else c)
+        inputs = layers * new * h * (4 if mixed_precision else c)
         activations = inputs + a_layer  # what goes into each layer, and one layer at work
     update = {"gradients": 4 * trained, "activations": activations,
               "logits": (4 if c == 4 else 4 + 2 * c) * block}
     if not lora_r:
         update["gradients"] += 4 * embedding  # one of the output layer on its way
-    if autocast:  # two passes are kept, a prompt's and its completions'; the output layer's, and its gradient
-        passes = 2 if hasattr(config, "group_size") else 1
+    if mixed_precision:
+        passes = 2 if hasattr(config, "group_size") else 1  # that are kept: a prompt's, its completions'
+        # ... and the output layer's, with its gradient
         update["casts"] = c * (passes * (total - embedding) + embedding + tied * embedding)
 
     def sampling(prompts, rows, longest):
         length = config.max_completion_length
         context = longest + length
         passed = min(prompts * longest, max(longest, PROMPT_TOKENS))  # tokens in one pass
-        kept = 3 if autocast else c  # keys come in fp32 then
+        kept = 3 if mixed_precision else c  # keys come in fp32 then
         return {"key-value cache": layers * kv * (kept * prompts * longest + c * rows * length),
-                "casts": c * total if autocast else 0, "folded adapters": folded,
+                "casts": c * total if mixed_precision else 0, "folded adapters": folded,
                 # logits, probabilities and cumulative sums; while they last, the next logits, twice
                 "logits": 5 * 4 * rows * vocabulary,
                 "activations": max(passed * (4 * h + q + kv + 3 * ffn) * c,
