@@ -401,8 +401,7 @@ def trl_sft(bench, rounds):
                args=SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, max_length=None,
                               gradient_checkpointing=bench.s["checkpointing"], learning_rate=1e-6, bf16=False,
                               use_cpu=DEVICE.type == "cpu", report_to=[], save_strategy="no",
-                              max_steps=rounds,
-                              disable_tqdm=True, logging_strategy="no")).train()
+                              max_steps=rounds, disable_tqdm=True, logging_strategy="no")).train()
     return seconds
 
 
